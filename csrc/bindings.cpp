@@ -1,0 +1,123 @@
+// The Python module fastsgd._C. The two functions that a training loop calls are plain CPython
+// functions: for a small model the cost of calling is the cost of a step.
+
+#include <ATen/record_function.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <memory>
+#include <string>
+
+#include "cpu/engine.h"
+#include "rules/table.h"
+#include "walk.h"
+
+namespace fastsgd {
+namespace {
+
+constexpr const char* kCapsule = "fastsgd.Walker";
+
+void delete_walker(PyObject* capsule) {
+  delete static_cast<Walker*>(PyCapsule_GetPointer(capsule, kCapsule));
+}
+
+PyObject* checked(PyObject* object) {
+  if (object == nullptr) throw python_error();
+  return object;
+}
+
+std::unique_ptr<Walker> new_walker(PyObject* optimizer) {
+  const Ref name = Ref::steal(checked(PyObject_GetAttrString(optimizer, "_rule")));
+  const char* text = PyUnicode_AsUTF8(name.get());
+  if (text == nullptr) throw python_error();
+  const int rule = find_rule(text);
+  TORCH_CHECK_VALUE(rule >= 0, "this build of fastsgd has no rule called '", text, "'");
+  return std::make_unique<Walker>(rule);
+}
+
+// The walker of an optimizer: made at the first call, kept among the optimizer's attributes. It is no
+// state, so pickles and copies do without. One that is busy is left alone, and a new one lent.
+class Borrowed {
+ public:
+  explicit Borrowed(PyObject* optimizer) {
+    static DictKey key("_fastsgd_walker");
+    const Ref attributes = Ref::steal(checked(PyObject_GenericGetDict(optimizer, nullptr)));
+    if (PyObject* found = key.in(attributes.get())) {
+      capsule_ = Ref::borrow(found);
+      walker_ = static_cast<Walker*>(PyCapsule_GetPointer(found, kCapsule));
+      if (walker_ == nullptr) throw python_error();
+      if (!walker_->busy) return;
+      lent_ = new_walker(optimizer);
+      walker_ = lent_.get();
+      return;
+    }
+    auto made = new_walker(optimizer);
+    capsule_ = Ref::steal(checked(PyCapsule_New(made.get(), kCapsule, delete_walker)));
+    walker_ = made.release();
+    if (PyDict_SetItem(attributes.get(), key.name(), capsule_.get()) != 0) throw python_error();
+  }
+  Walker* operator->() const { return walker_; }
+
+ private:
+  Ref capsule_;  // keeps the walker while it works
+  std::unique_ptr<Walker> lent_;
+  Walker* walker_ = nullptr;
+};
+
+PyObject* step(PyObject*, PyObject* optimizer) {
+  HANDLE_TH_ERRORS
+  const Borrowed walker(optimizer);
+  return PyBool_FromLong(walker->unobserved(optimizer) && walker->step(optimizer));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* step_or_route(PyObject*, PyObject* optimizer) {
+  HANDLE_TH_ERRORS
+  const Borrowed walker(optimizer);
+  if (walker->step(optimizer)) Py_RETURN_NONE;
+  return py::cast(walker->routes()).release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* zero_grad(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 3, "zero_grad takes an optimizer and two bools");
+  const int set_to_none = PyObject_IsTrue(arguments[1]), observed = PyObject_IsTrue(arguments[2]);
+  if (set_to_none < 0 || observed < 0) throw python_error();
+  if (!observed && at::hasCallbacks()) Py_RETURN_NONE;
+  const Borrowed walker(arguments[0]);
+  std::vector<Ref> others;
+  walker->zero_grad(arguments[0], set_to_none != 0, others);
+  const Ref list = Ref::steal(checked(PyList_New(0)));
+  for (const Ref& other : others) {
+    if (PyList_Append(list.get(), other.get()) != 0) throw python_error();
+  }
+  Py_INCREF(list.get());
+  return list.get();
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef methods[] = {
+    {"step", step, METH_O,
+     "Step every parameter of an optimizer that has no hooks and is not profiled. Returns whether it "
+     "did; where not, nothing was written."},
+    {"step_or_route", step_or_route, METH_O,
+     "Step every parameter of an optimizer and return None; or write nothing and return, for each "
+     "group, the indices of the parameters that only stock's path can take (no groups: all)."},
+    {"zero_grad", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(zero_grad)),
+     METH_FASTCALL,
+     "Reset the gradients of an optimizer; return the parameters that are not plain tensors. Does "
+     "nothing and returns None where someone profiles and is not `observed` to know it."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+}  // namespace fastsgd
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "fastsgd's fused steps.";
+  if (PyModule_AddFunctions(module.ptr(), fastsgd::methods) != 0) throw py::error_already_set();
+  module.def(
+      "instruction_set", [] { return std::string(fastsgd::kernels().instruction_set); },
+      "The instruction set of the kernels in use: 'baseline', 'avx2' or 'avx512'.");
+  module.def("threads", &fastsgd::threads, "How many threads a long step uses.");
+}

@@ -1,0 +1,103 @@
+// The CPU kernels of one instruction set: compiled once for each, FASTSGD_ISA saying which.
+//
+// Includes nothing of torch and no template of the standard library: such a function, compiled here for
+// a wide instruction set, could be the one copy that the linker keeps for every other file.
+#include "cpu/simd.h"  // before the rules: registers have no namespace to be looked up in
+
+#include "cpu/kernels.h"
+
+namespace fastsgd {
+namespace {
+
+// What the engine does to a gradient between loading it and the rule.
+template <class L>
+struct Gradient {
+  L inverse_scale;
+  bool unscale, maximize;
+};
+
+// As many elements as L holds, from memory through the rule and back.
+template <class R, int kStructure, class L, class T>
+FASTSGD_LANE void advance(const typename R::template Scalars<L>& scalars, const Gradient<L>& gradient,
+                          T* param, T* grad, T* const* state) {
+  constexpr int kStates = R::state_count(kStructure);
+  L p = load<L>(param), g = load<L>(grad), s[kStates + 1];
+  for (int i = 0; i < kStates; ++i) s[i] = load<L>(state[i]);
+  if (gradient.unscale) store(grad, g = g * gradient.inverse_scale);
+  if (gradient.maximize) g = -g;
+  R::template update<kStructure>(scalars, p, g, s);
+  for (int i = 0; i < kStates; ++i) store(state[i], s[i]);
+  store(param, p);
+}
+
+// The whole of a run of elements: registers while they fit, then single elements.
+template <class R, int kStructure, class T>
+void step(const Row& row, char* const* streams, std::int64_t count) {
+  using Scalar = typename Compute<T>::Scalar;
+  using Register = typename Compute<T>::Register;
+  constexpr int kStates = R::state_count(kStructure);
+  constexpr std::int64_t kLanes = sizeof(Register) / sizeof(Scalar);
+
+  typename R::template Scalars<double> exact;
+  __builtin_memcpy(&exact, row.scalars, sizeof(exact));
+  const auto scalars = exact.each([](double x) { return static_cast<Scalar>(x); });
+  const Gradient<Scalar> gradient{static_cast<Scalar>(row.inverse_scale), row.unscale, row.maximize};
+
+  T* param = reinterpret_cast<T*>(streams[kParam]);
+  T* grad = reinterpret_cast<T*>(streams[kGrad]);
+  T* state[kStates + 1];
+  for (int i = 0; i < kStates; ++i) state[i] = reinterpret_cast<T*>(streams[kState + i]);
+  const auto next = [&](std::int64_t elements) {
+    param += elements;
+    grad += elements;
+    for (int i = 0; i < kStates; ++i) state[i] += elements;
+    count -= elements;
+  };
+
+  if (count >= kLanes) {
+    const auto wide = scalars.each([](Scalar x) { return broadcast<Register>(x); });
+    const Gradient<Register> wide_gradient{broadcast<Register>(gradient.inverse_scale),
+                                           row.unscale, row.maximize};
+    for (; count >= kLanes; next(kLanes)) {
+      advance<R, kStructure>(wide, wide_gradient, param, grad, state);
+    }
+  }
+  for (; count > 0; next(1)) advance<R, kStructure>(scalars, gradient, param, grad, state);
+}
+
+// --- the table ----------------------------------------------------------------------------------
+
+template <class R, int kStructure>
+constexpr void fill_storages(Kernel* kernels) {
+  kernels[static_cast<int>(Storage::kFloat)] = step<R, kStructure, float>;
+  kernels[static_cast<int>(Storage::kDouble)] = step<R, kStructure, double>;
+  kernels[static_cast<int>(Storage::kBFloat16)] = step<R, kStructure, BFloat16>;
+  kernels[static_cast<int>(Storage::kHalf)] = step<R, kStructure, Half>;
+}
+
+template <class R, int kStructure = 0>
+constexpr void fill_structures(Kernel (*kernels)[kStorages]) {
+  static_assert(R::kStructures <= kMaxStructures);
+  fill_storages<R, kStructure>(kernels[kStructure]);
+  if constexpr (kStructure + 1 < R::kStructures) fill_structures<R, kStructure + 1>(kernels);
+}
+
+template <class... R>
+constexpr KernelTable table(const char* instruction_set, List<R...>) {
+  KernelTable table{instruction_set, {}};
+  int rule = 0;
+  (fill_structures<R>(table.step[rule++]), ...);
+  return table;
+}
+
+#define FASTSGD_TEXT_OF(name) #name
+#define FASTSGD_TEXT(name) FASTSGD_TEXT_OF(name)
+#define FASTSGD_JOIN_OF(a, b) a##b
+#define FASTSGD_JOIN(a, b) FASTSGD_JOIN_OF(a, b)
+
+}  // namespace
+
+extern const KernelTable FASTSGD_JOIN(kernels_, FASTSGD_ISA) =
+    table(FASTSGD_TEXT(FASTSGD_ISA), Rules{});
+
+}  // namespace fastsgd

@@ -1,0 +1,28 @@
+// How to visit, in one order, streams of one shape that are laid out differently in memory.
+#pragma once
+
+#include <cstdint>
+
+#include "kernel.h"
+
+namespace fastsgd {
+
+inline constexpr int kMaxDims = 16;
+
+// Dimensions from the outermost to the innermost in the parameter's memory, those of size 1 left out
+// and neighbours joined where every stream allows it. Strides are in elements.
+struct Layout {
+  int dims = 0;
+  std::int64_t size[kMaxDims];
+  std::int64_t stride[kMaxDims][kMaxStreams];
+
+  // Orders and joins `dims` dimensions as they stand.
+  void simplify(int streams);
+  // Whether no two indices can reach the same element of `stream`. Exact for whatever slicing,
+  // transposing and expanding make; false when in doubt.
+  bool injective(int stream) const;
+  // How many elements lie between the first and the last that `stream` reaches, both counted.
+  std::int64_t extent(int stream) const;
+};
+
+}  // namespace fastsgd

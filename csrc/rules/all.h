@@ -1,0 +1,15 @@
+// The list of rules. A rule is added here and nowhere else in csrc.
+#pragma once
+
+#include "rules/sgd.h"
+
+namespace fastsgd {
+
+template <class... R>
+struct List {
+  static constexpr int kSize = sizeof...(R);
+};
+
+using Rules = List<Sgd>;
+
+}  // namespace fastsgd

@@ -1,0 +1,348 @@
+#include "walk.h"
+
+#include <ATen/record_function.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "rules/table.h"
+
+namespace fastsgd {
+namespace {
+
+const at::Tensor& tensor_of(PyObject* object) { return THPVariable_Unpack(object); }
+
+// A Tensor or a Parameter, and no subclass: one that could mean something else by its data.
+bool exact_tensor(PyObject* object) { return THPVariable_CheckExact(object); }
+
+PyObject* checked(PyObject* object) {
+  if (object == nullptr) throw python_error();
+  return object;
+}
+
+// The attributes of an object; the dict stays alive with the object.
+PyObject* attributes_of(PyObject* object) {
+  const Ref dict = Ref::steal(checked(PyObject_GenericGetDict(object, nullptr)));
+  return dict.get();
+}
+
+PyObject* value_of(DictKey& key, PyObject* dict) {
+  PyObject* value = key.in(dict);
+  if (value != nullptr) return value;
+  if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, key.name());
+  throw python_error();
+}
+
+PyObject* optional_value_of(DictKey& key, PyObject* dict) {
+  PyObject* value = key.in(dict);
+  if (value == nullptr && PyErr_Occurred()) throw python_error();
+  return value == Py_None ? nullptr : value;
+}
+
+bool truth(PyObject* object) {
+  const int value = PyObject_IsTrue(object);
+  if (value < 0) throw python_error();
+  return value != 0;
+}
+
+// A one-element floating point CPU tensor's value; false for any other object.
+bool read_scalar_tensor(PyObject* object, double& value) {
+  if (!exact_tensor(object)) return false;
+  const at::Tensor& tensor = tensor_of(object);
+  if (!tensor.device().is_cpu() || tensor.layout() != at::kStrided || tensor.numel() != 1 ||
+      tensor.requires_grad() || !tensor.is_floating_point() || tensor.is_neg()) {
+    return false;
+  }
+  switch (tensor.scalar_type()) {
+    case at::kFloat: value = *tensor.const_data_ptr<float>(); break;
+    case at::kDouble: value = *tensor.const_data_ptr<double>(); break;
+    default: value = tensor.item<double>();
+  }
+  return true;
+}
+
+// The global hooks: dictionaries that torch changes in place.
+bool any_global_hook() {
+  static PyObject* const hooks[] = {
+      PyObject_GetAttrString(Ref::steal(PyImport_ImportModule("torch.optim.optimizer")).get(),
+                             "_global_optimizer_pre_hooks"),
+      PyObject_GetAttrString(Ref::steal(PyImport_ImportModule("torch.optim.optimizer")).get(),
+                             "_global_optimizer_post_hooks")};
+  return PyDict_Size(checked(hooks[0])) != 0 || PyDict_Size(checked(hooks[1])) != 0;
+}
+
+// Whether a parameter that is no plain tensor has a gradient.
+bool has_grad(PyObject* param) {
+  return Ref::steal(checked(PyObject_GetAttrString(param, "grad"))).get() != Py_None;
+}
+
+// Marks the walker busy for as long as it works on a step.
+class Busy {
+ public:
+  explicit Busy(bool& flag) : flag_(flag) { flag_ = true; }
+  ~Busy() { flag_ = false; }
+  Busy(const Busy&) = delete;
+  Busy& operator=(const Busy&) = delete;
+
+ private:
+  bool& flag_;
+};
+
+}  // namespace
+
+Walker::Walker(int rule) : rule_(rule_at(rule)), rule_number_(rule) {
+  for (int i = 0; i < rule_.hyper_count; ++i) hyper_keys_.emplace_back(rule_.hypers[i].name);
+  const int states = rule_.max_states;
+  for (int i = 0; i < states; ++i) state_keys_.emplace_back(rule_.states[i]);
+}
+
+bool Walker::unobserved(PyObject* optimizer) {
+  if (at::hasCallbacks() || any_global_hook()) return false;
+  PyObject* attributes = attributes_of(optimizer);
+  PyObject* pre = optional_value_of(pre_hooks_, attributes);
+  PyObject* post = optional_value_of(post_hooks_, attributes);
+  return pre != nullptr && post != nullptr && PyDict_Size(pre) == 0 && PyDict_Size(post) == 0;
+}
+
+// --- options ------------------------------------------------------------------------------------
+
+bool Walker::read_number(PyObject* object, Hyper::Kind kind, Seen& seen, double& value) {
+  if (object == seen.object.get()) {
+    value = seen.value;
+    return true;
+  }
+  if (kind == Hyper::kFlag) {
+    value = truth(object) ? 1 : 0;
+    if (!PyBool_Check(object)) return true;
+  } else if (PyFloat_Check(object)) {
+    value = PyFloat_AS_DOUBLE(object);
+  } else if (PyLong_CheckExact(object)) {
+    value = PyLong_AsDouble(object);
+    if (value == -1 && PyErr_Occurred()) throw python_error();
+  } else {
+    return kind == Hyper::kNumberOrTensor && read_scalar_tensor(object, value);
+  }
+  seen.object = Ref::borrow(object);  // immutable, so the same object is the same value
+  seen.value = value;
+  return true;
+}
+
+void Walker::read_group(PyObject* dict, std::size_t number, Group& group) {
+  if (number == groups_.size()) groups_.emplace_back();
+  GroupMemory& memory = groups_[number];
+  memory.seen.resize(static_cast<std::size_t>(rule_.hyper_count));
+  group.readable = true;
+  for (int i = 0; i < rule_.hyper_count; ++i) {
+    const std::size_t at = static_cast<std::size_t>(i);
+    group.readable &= read_number(value_of(hyper_keys_[at], dict), rule_.hypers[i].kind,
+                                  memory.seen[at], group.hypers[i]);
+  }
+  group.maximize = truth(value_of(maximize_, dict));
+  if (group.readable) group.structure = rule_.structure(group.hypers);
+}
+
+// What a GradScaler leaves on an optimizer that does its own unscaling; false where it is unreadable.
+bool Walker::read_scaling(PyObject* attributes, bool& skip) {
+  skip = unscale_ = false;
+  if (PyObject* found_inf = optional_value_of(found_inf_, attributes)) {
+    double found;
+    if (!read_scalar_tensor(found_inf, found)) return false;
+    skip = found != 0;
+  }
+  if (PyObject* grad_scale = optional_value_of(grad_scale_, attributes)) {
+    double scale;
+    if (!read_scalar_tensor(grad_scale, scale)) return false;
+    unscale_ = true;
+    inverse_scale_ = static_cast<float>(1 / scale);  // as GradScaler.unscale_ rounds it
+  }
+  return true;
+}
+
+std::int32_t Walker::row_of(Group& group, bool first) {
+  std::int32_t& number = group.row[first ? 1 : 0];
+  if (number < 0) {
+    Row row;
+    rule_.scalars(group.hypers, first, row);
+    row.inverse_scale = inverse_scale_;
+    row.unscale = unscale_;
+    row.maximize = group.maximize;
+    number = plan_.add_row(row);
+  }
+  return number;
+}
+
+// --- the step -----------------------------------------------------------------------------------
+
+bool Walker::plan_param(const Place& place, Group& group, PyObject* param, Py_ssize_t& hint) {
+  const at::Tensor& tensor = tensor_of(param);
+  const at::Tensor& grad = tensor.unsafeGetTensorImpl()->grad();
+  if (!grad.defined()) return true;
+  if (!group.readable) return false;
+  Subject subject{tensor.unsafeGetTensorImpl(), &grad, {}, rule_.state_count(group.structure)};
+
+  PyObject* states = nullptr;
+  bool first = false;
+  if (subject.states > 0) {
+    states = states_.at(param, hint);
+    if (states != nullptr && !PyDict_Check(states)) return false;
+    for (int i = 0; i < subject.states; ++i) {
+      PyObject* state = states == nullptr
+                            ? nullptr
+                            : optional_value_of(state_keys_[static_cast<std::size_t>(i)], states);
+      if (state == nullptr) {
+        first = true;
+        continue;
+      }
+      if (!exact_tensor(state)) {
+        if (THPVariable_Check(state)) return false;
+        TORCH_CHECK_TYPE(false, "param_groups[", place.group, "]['params'][", place.index,
+                         "]: its state '", rule_.states[i], "' must be a Tensor, not ",
+                         Py_TYPE(state)->tp_name, ". Is the checkpoint corrupt? Delete the state.");
+      }
+      subject.state[i] = tensor_of(state).unsafeGetTensorImpl();
+    }
+  }
+
+  Creation creation;
+  const auto& kernels = fastsgd::kernels().step[rule_number_][group.structure];
+  if (!plan_.add(place, rule_, kernels, row_of(group, first), subject, creation.value)) return false;
+  if (first) {
+    creation.param = Ref::borrow(param);
+    creation.states = Ref::borrow(states);
+    creation.count = subject.states;
+    creations_.push_back(std::move(creation));
+  }
+  return true;
+}
+
+bool Walker::step(PyObject* optimizer) {
+  const Busy guard(busy);
+  routes_.clear();
+  plan_.begin();
+  creations_.clear();
+  PyObject* attributes = attributes_of(optimizer);
+  PyObject* groups = value_of(param_groups_, attributes);
+  PyObject* state = value_of(state_, attributes);
+  PyObject* differentiable = optional_value_of(differentiable_, value_of(defaults_, attributes));
+  if (!PyList_Check(groups) || !PyDict_Check(state)) return false;
+  if (differentiable != nullptr && truth(differentiable)) return false;
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
+  bool skip = false;
+  if (!read_scaling(attributes, skip)) return false;
+  if (skip) return true;
+
+  states_.begin(state);
+  std::size_t number = 0;  // of a parameter, counted over all groups
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
+    PyObject* dict = PyList_GET_ITEM(groups, g);
+    PyObject* params = value_of(params_, dict);
+    if (!PyList_Check(params)) return routes_.clear(), false;
+    Group group;
+    read_group(dict, static_cast<std::size_t>(g), group);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++number) {
+      PyObject* param = PyList_GET_ITEM(params, i);
+      if (number == hints_.size()) hints_.push_back(0);
+      const bool taken = exact_tensor(param) ? plan_param({g, i}, group, param, hints_[number])
+                                             : !has_grad(param);
+      if (taken) continue;
+      routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
+      routes_[static_cast<std::size_t>(g)].push_back(i);
+    }
+  }
+  // Duplicates and overlaps run in order. But where stock must take a part, or one parameter is to get
+  // its first state twice, only stock knows the order: it takes all.
+  if (plan_.ordered() && !(routes_.empty() && creations_.empty())) return routes_.clear(), false;
+  if (!routes_.empty()) return false;
+  commit(state);
+  plan_.run();
+  creations_.clear();
+  return true;
+}
+
+// --- new states ---------------------------------------------------------------------------------
+
+void Walker::commit(PyObject* state) {
+  if (creations_.empty()) return;
+  plan_.retain();  // storing into a dict may run Python code
+  for (std::size_t i = 0; i < creations_.size(); ++i) {
+    try {
+      store(state, creations_[i]);
+    } catch (python_error& error) {
+      error.persist();
+      for (std::size_t j = 0; j <= i; ++j) undo(state, creations_[j]);
+      error.restore();
+      throw;
+    }
+  }
+}
+
+void Walker::store(PyObject* state, Creation& creation) {
+  const bool enters = !creation.states;
+  if (enters) creation.states = Ref::steal(checked(PyDict_New()));
+  for (int i = 0; i < creation.count; ++i) {
+    if (!creation.value[i].defined()) continue;
+    DictKey& key = state_keys_[static_cast<std::size_t>(i)];
+    creation.before[i] = Ref::borrow(key.in(creation.states.get()));
+    const Ref value = Ref::steal(checked(THPVariable_Wrap(creation.value[i])));
+    if (PyDict_SetItem(creation.states.get(), key.name(), value.get()) != 0) throw python_error();
+  }
+  if (enters && PyDict_SetItem(state, creation.param.get(), creation.states.get()) != 0) {
+    throw python_error();
+  }
+}
+
+void Walker::undo(PyObject* state, Creation& creation) noexcept {
+  for (int i = 0; creation.states && i < creation.count; ++i) {
+    if (!creation.value[i].defined()) continue;
+    PyObject* name = state_keys_[static_cast<std::size_t>(i)].name();
+    if (creation.before[i]) {
+      PyDict_SetItem(creation.states.get(), name, creation.before[i].get());
+    } else {
+      PyDict_DelItem(creation.states.get(), name);
+    }
+  }
+  if (creation.states && PyDict_Size(creation.states.get()) == 0) {
+    PyDict_DelItem(state, creation.param.get());
+  }
+  PyErr_Clear();
+}
+
+// --- zero_grad ----------------------------------------------------------------------------------
+
+void Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& others) {
+  const Busy guard(busy);
+  plan_.begin();
+  PyObject* groups = value_of(param_groups_, attributes_of(optimizer));
+  TORCH_CHECK_TYPE(PyList_Check(groups), "param_groups must be a list, not ", Py_TYPE(groups)->tp_name);
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
+    const Ref params = Ref::steal(checked(PySequence_Fast(
+        value_of(params_, PyList_GET_ITEM(groups, g)), "a group's params must be a sequence")));
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params.get()); ++i) {
+      PyObject* param = PySequence_Fast_GET_ITEM(params.get(), i);
+      if (!exact_tensor(param)) {
+        others.push_back(Ref::borrow(param));
+        continue;
+      }
+      c10::TensorImpl* tensor = tensor_of(param).unsafeGetTensorImpl();
+      if (!tensor->grad().defined()) continue;
+      if (set_to_none) {
+        tensor->mutable_grad().reset();
+        continue;
+      }
+      at::Tensor& grad = tensor->mutable_grad();
+      if (grad.requires_grad()) {
+        if (grad.grad_fn() != nullptr) {
+          grad.detach_();
+        } else {
+          grad.set_requires_grad(false);
+        }
+      }
+      if (!c10::impl::TorchDispatchModeTLS::any_modes_set() && plan_.add_zero(grad)) continue;
+      plan_.retain();  // a dispatched operator may run Python code
+      grad.zero_();
+    }
+  }
+  plan_.run();
+}
+
+}  // namespace fastsgd

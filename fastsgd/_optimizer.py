@@ -1,0 +1,206 @@
+"""What makes an optimizer of torch's take its steps in fastsgd's kernels.
+
+A class that derives from :class:`FusedStep` and from one of torch's optimizers is that optimizer:
+torch's class validates options, names states and loads checkpoints. ``step`` and ``zero_grad`` are
+replaced. What the kernels do not take goes through torch's own single-tensor code.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler import record_function
+from torch.compiler import is_compiling
+from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
+
+from fastsgd import _C
+
+Step = Callable[..., Any]
+# For each group, indices of parameters; without any group, every parameter is meant.
+Routes = list[list[int]]
+
+
+class FusedStep(Optimizer):
+    """Mixin, before a torch optimizer among the bases, that steps it in one call.
+
+    A class says which rule its step follows in ``_rule``, the name in the list of rules of ``csrc``.
+    """
+
+    _rule: str
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give a class that names a rule the step of that rule."""
+        super().__init_subclass__(**kwargs)
+        if "_rule" in cls.__dict__:
+            # As torch wrote it: without the wrapper that runs the hooks, which step() runs itself.
+            written = inspect.unwrap(super(FusedStep, cls).step)
+            cls.step = _make_step(_use_grad_for_differentiable(written))  # type: ignore[method-assign]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters, in one call.
+
+        Args:
+            set_to_none: Set them to None, as torch does by default; else fill them with zeros, in
+                one parallel pass. A gradient that is part of a graph is detached from it first.
+        """
+        if is_compiling():
+            super().zero_grad(set_to_none)
+            return
+        others = _C.zero_grad(self, set_to_none, False)
+        if others is None:  # someone profiles
+            with record_function(f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"):
+                others = _C.zero_grad(self, set_to_none, True)
+        for param in others or ():
+            _reset_grad(param, set_to_none)
+
+
+def _make_step(stock_step: Step) -> Step:
+    """Return the ``step`` method of a class whose torch class steps by ``stock_step``."""
+
+    @functools.wraps(stock_step)
+    def unobserved(self: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        routes = _C.step_or_route(self)
+        if routes is not None:
+            _step_in_parts(self, stock_step, routes)
+        return loss
+
+    # The hooks, their protocol and the profiler's record are torch's own code.
+    observed = Optimizer.profile_hook_step(unobserved)
+
+    @functools.wraps(stock_step)
+    def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            with _unfused(self.param_groups):
+                return stock_step(self, *args, **kwargs)
+        if not args and not kwargs and _C.step(self):
+            return None
+        return observed(self, *args, **kwargs)
+
+    step.hooked = True  # type: ignore[attr-defined]  # keeps torch from wrapping it once more
+    return step
+
+
+# --- torch's own path ---------------------------------------------------------------------------
+
+
+def _step_in_parts(optimizer: Optimizer, stock_step: Step, routes: Routes) -> None:
+    """Step the parameters that ``routes`` names in torch's code, then the others in the kernels."""
+    groups = optimizer.param_groups
+    if not routes:
+        _step_as_stock(optimizer, stock_step)
+        return
+    theirs = [[group["params"][i] for i in route] for group, route in zip(groups, routes)]
+    ours = [
+        [param for i, param in enumerate(group["params"]) if i not in route]
+        for group, route in zip(groups, map(set, routes))
+    ]
+    with _params_replaced(groups, theirs):
+        _step_as_stock(optimizer, stock_step)
+    with _params_replaced(groups, ours):
+        routes_left = _C.step_or_route(optimizer)
+        if routes_left is not None:
+            _step_in_parts(optimizer, stock_step, routes_left)
+
+
+def _step_as_stock(optimizer: Optimizer, stock_step: Step) -> None:
+    """Step every parameter in torch's single-tensor code, gradient scaling done before it."""
+    scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+    if found_inf is not None and found_inf.item():
+        return
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    _warn_of_devices(params)
+    scaling = {name: None for name in ("grad_scale", "found_inf") if hasattr(optimizer, name)}
+    with _unfused(optimizer.param_groups), _attributes_replaced(optimizer, scaling):
+        if scale is not None:
+            _unscale(params, scale)
+        stock_step(optimizer)
+
+
+def _unscale(params: list[Tensor], scale: Tensor) -> None:
+    """Divide gradients by a scale in place, rounded as ``GradScaler.unscale_`` rounds."""
+    inverse = scale.double().reciprocal().float()
+    with torch.no_grad():
+        for param in params:
+            if param.grad is not None:
+                param.grad.mul_(inverse.to(param.grad.device))
+
+
+@contextmanager
+def _unfused(groups: list[dict[str, Any]]) -> Iterator[None]:
+    """Turn torch's fused and foreach code off, for CPU parameters, where it is wrong in places."""
+    flags = ("foreach", "fused")
+    changed = [
+        (group, {flag: group[flag] for flag in flags if group.get(flag)})
+        for group in groups
+        if any(param.device.type == "cpu" for param in group["params"])
+    ]
+    try:
+        for group, was in changed:
+            group.update(dict.fromkeys(was, False))
+        yield
+    finally:
+        for group, was in changed:
+            group.update(was)
+
+
+@contextmanager
+def _params_replaced(groups: list[dict[str, Any]], params: list[list[Tensor]]) -> Iterator[None]:
+    was = [group["params"] for group in groups]
+    try:
+        for group, replacement in zip(groups, params):
+            group["params"] = replacement
+        yield
+    finally:
+        for group, original in zip(groups, was):
+            group["params"] = original
+
+
+@contextmanager
+def _attributes_replaced(owner: object, attributes: dict[str, Any]) -> Iterator[None]:
+    was = {name: getattr(owner, name) for name in attributes}
+    try:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in was.items():
+            setattr(owner, name, value)
+
+
+_warned_of: set[str] = set()
+
+
+def _warn_of_devices(params: list[Tensor]) -> None:
+    """Say once for each kind of device that its parameters take torch's path."""
+    for kind in {param.device.type for param in params} - {"cpu", "meta"} - _warned_of:
+        _warned_of.add(kind)
+        warnings.warn(
+            f"fastsgd has kernels for the CPU only: parameters on {kind} are stepped by torch's own "
+            "code, with torch's results and torch's speed.",
+            stacklevel=2,
+        )
+
+
+def _reset_grad(param: Tensor, set_to_none: bool) -> None:
+    """Reset the gradient of one parameter that may be any kind of tensor, as torch does."""
+    if param.grad is None:
+        return
+    if set_to_none:
+        param.grad = None
+        return
+    if param.grad.grad_fn is not None:
+        param.grad.detach_()
+    else:
+        param.grad.requires_grad_(False)
+    param.grad.zero_()
