@@ -1,5 +1,5 @@
-// What passes between the host and a kernel: pointers, a count and a row of scalars. Free of torch,
-// so that any compiler for any device can build the kernels.
+// What passes between the host and a kernel: pointers, counts and a row of scalars. Free of torch, so
+// that any compiler for any device can build the kernels.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +12,18 @@ namespace fastsgd {
 enum class Storage : std::uint8_t { kFloat, kDouble, kBFloat16, kHalf };
 inline constexpr int kStorages = 4;
 
-// The memory of one parameter, as streams of equal length: the parameter, its gradient, its states.
+// The memory of one parameter is streams of equal length: the parameter, its gradient, its states.
 inline constexpr int kParam = 0, kGrad = 1, kState = 2;
 inline constexpr int kMaxStreams = kState + kMaxStates;
-using Streams = char* [kMaxStreams];
 
-// Updates `count` elements that lie side by side in every stream.
-using Kernel = void (*)(const Row& row, char* const* streams, std::int64_t count);
+// Elements that lie side by side in every stream.
+struct Run {
+  char* stream[kMaxStreams];
+  std::int64_t count;
+};
+
+// Updates `runs` runs whose elements are stored alike and whose scalars are the same.
+using Kernel = void (*)(const Row& row, const Run* run, std::int64_t runs);
 
 // The kernels of one instruction set.
 struct KernelTable {

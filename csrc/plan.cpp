@@ -1,99 +1,19 @@
 #include "plan.h"
 
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/empty.h>
-#include <c10/core/InferenceMode.h>
 #include <Python.h>
 
-#include <optional>
+#include <ATen/ops/empty_like.h>
+
+#include <cstring>
+
+#include "prefetch.h"
 
 namespace fastsgd {
 namespace {
 
-// --- what the kernels can take ------------------------------------------------------------------
+constexpr std::int64_t kWorthTheGil = 8 << 20;  // bytes: about a millisecond
 
-// A dense, strided CPU tensor and nothing else: no subclass, no wrapper, no lazy negation or conjugation.
-bool plain(const c10::TensorImpl& tensor) {
-  static const c10::DispatchKeySet keys = at::empty({0}).key_set();
-  return tensor.key_set() == keys;
-}
-
-// The same, made in inference mode.
-bool plain_inference(const c10::TensorImpl& tensor) {
-  static const c10::DispatchKeySet keys = [] {
-    c10::InferenceMode guard;
-    return at::empty({0}).key_set();
-  }();
-  return tensor.key_set() == keys;
-}
-
-std::optional<Storage> storage_type(const c10::TensorImpl& tensor) {
-  switch (c10::typeMetaToScalarType(tensor.dtype())) {
-    case at::kFloat: return Storage::kFloat;
-    case at::kDouble: return Storage::kDouble;
-    case at::kBFloat16: return Storage::kBFloat16;
-    case at::kHalf: return Storage::kHalf;
-    default: return std::nullopt;
-  }
-}
-
-// Whether broadcasting makes a tensor of shape `from` one of shape `to`.
-bool expands_to(at::IntArrayRef from, at::IntArrayRef to) {
-  if (from.size() > to.size()) return false;
-  const std::size_t skip = to.size() - from.size();
-  for (std::size_t d = 0; d < from.size(); ++d) {
-    if (from[d] != 1 && from[d] != to[skip + d]) return false;
-  }
-  return true;
-}
-
-// --- messages -----------------------------------------------------------------------------------
-
-std::string at_place(const Place& place) {
-  return c10::str("param_groups[", place.group, "]['params'][", place.index, "]");
-}
-
-void check_writable(const Place& place, c10::TensorImpl& tensor, const char* what) {
-  TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), at_place(place), ": ", what,
-              " is an inference tensor. Inplace update to inference tensor outside InferenceMode is "
-              "not allowed. You can make a clone to get a normal tensor before doing inplace update.");
-}
-
-void check_shape(const Place& place, const c10::TensorImpl& param, const c10::TensorImpl& other,
-                 const char* what) {
-  TORCH_CHECK(expands_to(other.sizes(), param.sizes()), at_place(place), " has shape ",
-              param.sizes(), " but its ", what, " has shape ", other.sizes(),
-              ", which cannot be broadcast to it. Was the parameter's data swapped? Clear its ", what,
-              ".");
-}
-
-// Storage can be smaller than a shape asks for, after untyped_storage().resize_(0) for one.
-void check_backed(const Place& place, const c10::TensorImpl& tensor, std::int64_t extent,
-                  const char* what) {
-  const std::size_t item = tensor.itemsize();
-  const std::size_t needs = (static_cast<std::size_t>(tensor.storage_offset() + extent)) * item;
-  TORCH_CHECK(tensor.storage().nbytes() >= needs, at_place(place), ": the storage of its ", what,
-              " holds ", tensor.storage().nbytes(), " bytes but its shape ", tensor.sizes(),
-              " needs ", needs, ". Was it freed or resized?");
-}
-
-bool same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b) {
-  if (a.sizes() != b.sizes()) return false;
-  if (a.is_contiguous() && b.is_contiguous()) return true;
-  if (!a.is_non_overlapping_and_dense() || !b.is_non_overlapping_and_dense()) return false;
-  return a.strides() == b.strides();
-}
-
-char* writable_data(c10::TensorImpl& tensor) {
-  return static_cast<char*>(tensor.mutable_data());  // a lazily copied storage is copied here
-}
-
-Range range_of(const char* begin, std::int64_t extent, std::size_t item) {
-  const auto address = reinterpret_cast<std::uintptr_t>(begin);
-  return {address, address + static_cast<std::size_t>(extent) * item};
-}
-
-// The GIL released while the GIL is held, and held again after.
+// The GIL given up, and taken again after.
 class WithoutGil {
  public:
   explicit WithoutGil(bool release) : state_(release ? PyEval_SaveThread() : nullptr) {}
@@ -107,17 +27,29 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
+char* data_of(c10::StorageImpl& storage, bool written) {
+  // A storage that is copied lazily is copied by the first line.
+  return static_cast<char*>(written ? storage.mutable_data() : const_cast<void*>(storage.data()));
+}
+
+bool written(const Update& update, int stream) { return stream != kGrad || update.writes_grad; }
+
+// Where a tensor's version is counted: the tensor holds one pointer, which has no accessor.
+const void* version_of(const c10::TensorImpl& tensor) {
+  static_assert(sizeof(c10::VariableVersion) == sizeof(void*));
+  const void* counter;
+  std::memcpy(&counter, &tensor.version_counter(), sizeof(counter));
+  return counter;
+}
+
 }  // namespace
 
 void Plan::begin() {
-  used_ = 0;
-  layouts_used_ = 0;
+  used_ = owners_used_ = layouts_used_ = 0;
   bytes_ = 0;
+  spans_.clear();
   rows_.clear();
-  aliases_.begin();
-  retaining_ = false;
-  retained_.clear();
-  storages_.clear();
+  release();
 }
 
 std::int32_t Plan::add_row(const Row& row) {
@@ -125,204 +57,257 @@ std::int32_t Plan::add_row(const Row& row) {
   return static_cast<std::int32_t>(rows_.size() - 1);
 }
 
-// Finds how the streams lie: flat, or as a layout that is checked and kept. False for stock's path.
-bool Plan::lay_out(const Place& place, const Rule& rule, const Owners& owners, bool unscale,
-                   Work& work, std::int64_t* extents) {
-  const c10::TensorImpl& param = *owners.stream[kParam];
-  bool flat = true;
-  for (int s = kGrad; s < owners.streams; ++s) flat &= same_layout(param, *owners.stream[s]);
-  work.layout = nullptr;
-  if (flat) {
-    std::fill_n(extents, owners.streams, work.count);
-    return true;
-  }
-  if (param.dim() > kMaxDims) return false;
-  if (layouts_used_ == layouts_.size()) layouts_.emplace_back();
-  Layout& layout = layouts_[layouts_used_];
-  layout.dims = static_cast<int>(param.dim());
-  for (int d = 0; d < layout.dims; ++d) {
-    layout.size[d] = param.sizes()[d];
-    for (int s = 0; s < owners.streams; ++s) layout.stride[d][s] = owners.stream[s]->strides()[d];
-  }
-  layout.simplify(owners.streams);
-  for (int s = 0; s < owners.streams; ++s) {
-    extents[s] = layout.extent(s);
-    if (s == kGrad && !unscale) continue;
-    for (int d = 0; d < layout.dims; ++d) {
-      TORCH_CHECK(layout.stride[d][s] != 0, at_place(place), ": ",
-                  s == kParam  ? std::string("the parameter")
-                  : s == kGrad ? std::string("its grad")
-                               : c10::str("its state '", rule.states[s - kState], "'"),
-                  " is expanded. unsupported operation: more than one element of the written-to "
-                  "tensor refers to a single memory location. Please clone() the tensor before "
-                  "performing the operation.");
+// --- adding -------------------------------------------------------------------------------------
+
+void Plan::grow() {
+  reserved_ = 2 * reserved_ + 8;
+  runs_.resize(reserved_);
+  owners_.resize(reserved_ * kMaxStreams);
+}
+
+inline void Plan::count_in(const Update& update, Kernel kernel, const Layout* layout, int item_size,
+                           int streams) {
+  if (retaining_) retain(owners_used_, streams);
+  bytes_ += runs_[used_].count * item_size * streams;
+  owners_used_ += static_cast<std::size_t>(streams);
+  const auto number = static_cast<std::int64_t>(used_++);
+  if (layout == nullptr && !spans_.empty()) {
+    Span& last = spans_.back();
+    if (last.kernel == kernel && last.row == update.row && last.layout == nullptr) {
+      last.end = number + 1;
+      return;
     }
-    if (!layout.injective(s)) return false;
   }
-  ++layouts_used_;
-  work.layout = &layout;
+  spans_.push_back({kernel, layout, update.row, static_cast<std::int16_t>(item_size),
+                    static_cast<std::int16_t>(streams), number, number + 1});
+}
+
+inline void Plan::fetch_ahead(int streams) const {
+  const std::size_t ahead = owners_used_ + kAhead * static_cast<std::size_t>(streams);
+  if (ahead + static_cast<std::size_t>(streams) > owners_.size()) return;
+  for (int s = 0; s < streams; ++s) {
+    const Owner& owner = owners_[ahead + static_cast<std::size_t>(s)];
+    prefetch<sizeof(c10::TensorImpl)>(owner.tensor);
+    prefetch<56>(owner.storage);  // up to its size
+  }
+}
+
+// The usual case, in few instructions: every tensor plain, contiguous, of one dtype and one shape, its
+// storage large enough and its own. False where anything differs.
+template <int kStreams>
+bool Plan::add_usual(const Update& update, const Subject& subject) {
+  reserve();
+  fetch_ahead(kStreams);
+  const c10::TensorImpl& param = *subject.tensor[kParam];
+  const auto type = storage_type(param);
+  const std::int64_t count = param.numel();
+  if (!type || count == 0) return false;
+  const std::int64_t item_size = item_size_of(*type), bytes = count * item_size;
+  Run& run = runs_[used_];
+  Owner* owners = &owners_[owners_used_];
+  bool moved = false;
+#pragma GCC unroll 8
+  for (int s = 0; s < kStreams; ++s) {
+    c10::TensorImpl& tensor = *subject.tensor[s];
+    if (tensor.key_set().raw_repr() != plain_keys_ || !tensor.is_contiguous()) return false;
+    if (s != kParam && (tensor.dtype() != param.dtype() ||
+                        !same_sizes(tensor.sizes(), param.sizes()))) {
+      return false;
+    }
+    c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
+    const std::int64_t offset = tensor.storage_offset() * item_size;
+    if (static_cast<std::int64_t>(storage->nbytes()) < offset + bytes) return false;
+    char* stream = data_of(*storage, written(update, s)) + offset;
+    moved |= run.stream[s] != stream || owners[s].bytes != bytes;
+    run.stream[s] = stream;
+    owners[s] = {&tensor, storage, bytes};
+  }
+  run.count = count;
+  moved_ |= moved;
+#pragma GCC unroll 8
+  for (int s = 1; s < kStreams; ++s) {
+#pragma GCC unroll 8
+    for (int t = 0; t < s; ++t) {
+      if (run.stream[s] < run.stream[t] + bytes && run.stream[t] < run.stream[s] + bytes) return false;
+    }
+  }
+  count_in(update, update.kernels[static_cast<int>(*type)], nullptr, static_cast<int>(item_size),
+           kStreams);
   return true;
 }
 
-bool Plan::add(const Place& place, const Rule& rule, const Kernel (&kernels)[kStorages],
-               std::int32_t row, const Subject& subject, at::Tensor* created) {
-  c10::TensorImpl& param = *subject.param;
-  c10::TensorImpl& grad = *subject.grad->unsafeGetTensorImpl();
-  const bool unscale = rows_[static_cast<std::size_t>(row)].unscale;
+template bool Plan::add_usual<2>(const Update&, const Subject&);
+template bool Plan::add_usual<3>(const Update&, const Subject&);
 
-  // What the tensors are.
-  if (!plain(param)) {
-    if (!plain_inference(param)) return false;
-    check_writable(place, param, "the parameter");
+bool Plan::add_unusual(const Update& update, const Place& place, Subject& subject,
+                       at::Tensor* created) {
+  reserve();
+  if (!check_kinds(place, *update.rule, subject, update.writes_grad)) return false;
+  const c10::TensorImpl& param = *subject.tensor[kParam];
+  const c10::TensorImpl& grad = *subject.tensor[kGrad];
+
+  // A state that is missing is made as stock makes it: laid out like the gradient.
+  for (int s = kState; s < subject.streams; ++s) {
+    if (subject.tensor[s] != nullptr) continue;
+    if (!same_layout(param, grad)) return false;
+    const auto like = c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(subject.tensor[kGrad]);
+    created[s - kState] = at::empty_like(at::Tensor(like));
+    subject.tensor[s] = created[s - kState].unsafeGetTensorImpl();
   }
-  const auto storage = storage_type(param);
-  if (!storage) return false;
-  if (!plain(grad) && !plain_inference(grad)) {
-    TORCH_CHECK(grad.device() == param.device(), at_place(place), " is on ", param.device(),
-                " but its grad is on ", grad.device(),
-                ". Expected all tensors to be on the same device. Clear its grad.");
-    return false;
-  }
-  if (unscale) check_writable(place, grad, "the grad");
-  bool same = grad.dtype() == param.dtype() && grad.sizes() == param.sizes();
-  if (!same) check_shape(place, param, grad, "grad");
-  for (int i = 0; i < subject.states; ++i) {
-    if (subject.state[i] == nullptr) continue;
-    c10::TensorImpl& state = *subject.state[i];
-    const auto name = [&] { return c10::str("state '", rule.states[i], "'"); };
-    if (!plain(state)) {
-      if (plain_inference(state)) {
-        check_writable(place, state, name().c_str());
-      } else {
-        TORCH_CHECK(state.device() == param.device(), at_place(place), " is on ", param.device(),
-                    " but its ", name(), " is on ", state.device(),
-                    ". Expected all tensors to be on the same device. Delete the state.");
+  const std::int64_t count = param.numel();
+  if (count == 0) return true;
+
+  bool flat = true;
+  for (int s = kGrad; s < subject.streams; ++s) flat &= same_layout(param, *subject.tensor[s]);
+  if (layouts_used_ == layouts_.size()) layouts_.emplace_back();
+  Layout& layout = layouts_[layouts_used_];
+  if (!flat && !lay_out(update, place, subject, layout)) return false;
+
+  const std::int16_t item_size = item_size_of(*storage_type(param));
+  Run& run = runs_[used_];
+  Owner* owners = &owners_[owners_used_];
+  run.count = count;
+  moved_ = true;
+  for (int s = 0; s < subject.streams; ++s) {
+    c10::TensorImpl& tensor = *subject.tensor[s];
+    c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
+    const std::int64_t bytes = (flat ? count : layout.extent(s)) * item_size;
+    const std::int64_t offset = tensor.storage_offset() * item_size;
+    if (static_cast<std::int64_t>(storage->nbytes()) < offset + bytes) {
+      storage_too_small(place, *update.rule, s, tensor);
+    }
+    run.stream[s] = data_of(*storage, written(update, s)) + offset;
+    owners[s] = {&tensor, storage, bytes};
+    // Streams of one parameter that share memory: only stock's order of passes gives its result.
+    for (int t = 0; t < s; ++t) {
+      if (run.stream[s] < run.stream[t] + owners[t].bytes && run.stream[t] < run.stream[s] + bytes) {
         return false;
       }
     }
-    if (state.dtype() == param.dtype() && state.sizes() == param.sizes()) continue;
-    same = false;
-    check_shape(place, param, state, name().c_str());
-    check_shape(place, state, grad, "grad");
-    TORCH_CHECK(at::isFloatingType(c10::typeMetaToScalarType(state.dtype())), at_place(place),
-                ": its ", name(), " has dtype ", c10::toString(c10::typeMetaToScalarType(state.dtype())),
-                ", which cannot hold a fraction. Is the checkpoint corrupt? Delete the state.");
   }
-  if (!same) return false;
+  if (!flat) ++layouts_used_;
+  count_in(update, update.kernels[static_cast<int>(*storage_type(param))], flat ? nullptr : &layout,
+           item_size, subject.streams);
+  return true;
+}
 
-  // What is missing is made as stock makes it: laid out like the gradient.
-  Owners owners{{&param, &grad}, kState + subject.states, unscale};
-  for (int i = 0; i < subject.states; ++i) {
-    if (subject.state[i] == nullptr) {
-      if (!same_layout(param, grad)) return false;
-      created[i] = at::empty_like(*subject.grad);
-      owners.stream[kState + i] = created[i].unsafeGetTensorImpl();
-    } else {
-      owners.stream[kState + i] = subject.state[i];
+// Finds the one order in which to visit streams that are laid out differently, and checks that what
+// is written is written once. False for stock's path.
+bool Plan::lay_out(const Update& update, const Place& place, const Subject& subject,
+                   Layout& layout) {
+  const c10::TensorImpl& param = *subject.tensor[kParam];
+  if (param.dim() > kMaxDims) return false;
+  layout.dims = static_cast<int>(param.dim());
+  for (int d = 0; d < layout.dims; ++d) {
+    layout.size[d] = param.sizes()[d];
+    for (int s = 0; s < subject.streams; ++s) layout.stride[d][s] = subject.tensor[s]->strides()[d];
+  }
+  layout.simplify(subject.streams);
+  for (int s = 0; s < subject.streams; ++s) {
+    if (!written(update, s)) continue;
+    for (int d = 0; d < layout.dims; ++d) {
+      if (layout.stride[d][s] == 0) written_but_expanded(place, *update.rule, s);
     }
+    if (!layout.injective(s)) return false;
   }
-  if (param.numel() == 0) return true;
-
-  // Where they lie.
-  Work work;
-  work.count = param.numel();
-  work.kernel = kernels[static_cast<int>(*storage)];
-  work.row = row;
-  work.item_size = static_cast<std::uint8_t>(param.itemsize());
-  work.streams = static_cast<std::uint8_t>(owners.streams);
-  std::int64_t extents[kMaxStreams];
-  if (!lay_out(place, rule, owners, unscale, work, extents)) return false;
-  Range ranges[kMaxStreams];
-  for (int s = 0; s < owners.streams; ++s) {
-    c10::TensorImpl& tensor = *owners.stream[s];
-    check_backed(place, tensor, extents[s],
-                 s == kParam ? "data" : s == kGrad ? "grad" : rule.states[s - kState]);
-    const bool written = s != kGrad || unscale;
-    work.stream[s] =
-        written ? writable_data(tensor) : static_cast<char*>(const_cast<void*>(tensor.data()));
-    ranges[s] = range_of(work.stream[s], extents[s], work.item_size);
-  }
-
-  // Streams of one parameter that share memory: only stock's order of passes gives stock's result.
-  for (int s = 0; s < owners.streams; ++s) {
-    for (int t = 0; t < s; ++t) {
-      if (ranges[s].meets(ranges[t])) return false;
-    }
-  }
-  for (int s = 0; s < owners.streams; ++s) {
-    const bool written = s != kGrad || unscale;
-    written ? aliases_.writes(ranges[s]) : aliases_.reads(ranges[s]);
-  }
-  push(work, owners);
   return true;
 }
 
 bool Plan::add_zero(const at::Tensor& grad) {
   c10::TensorImpl& tensor = *grad.unsafeGetTensorImpl();
-  if (!plain(tensor) || !tensor.is_non_overlapping_and_dense()) return false;
-  if (tensor.numel() == 0) return true;
-  Work work{};
-  work.count = tensor.numel() * static_cast<std::int64_t>(tensor.itemsize());
-  if (tensor.storage().nbytes() <
-      static_cast<std::size_t>(tensor.storage_offset()) * tensor.itemsize() + work.count) {
+  if (tensor.key_set().raw_repr() != plain_keys_ || !tensor.is_non_overlapping_and_dense()) {
     return false;
   }
-  work.stream[kParam] = writable_data(tensor);
-  work.kernel = zero;
-  work.item_size = 1;
-  work.streams = 1;
+  if (tensor.numel() == 0) return true;
+  c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
+  const auto item_size = static_cast<std::int64_t>(tensor.itemsize());
+  const std::int64_t offset = tensor.storage_offset() * item_size, bytes = tensor.numel() * item_size;
+  if (static_cast<std::int64_t>(storage->nbytes()) < offset + bytes) return false;
   if (rows_.empty()) rows_.emplace_back();
-  push(work, {{&tensor}, 1, false});
+  reserve();
+  runs_[used_].stream[kParam] = static_cast<char*>(storage->mutable_data()) + offset;
+  runs_[used_].count = bytes;
+  owners_[owners_used_] = {&tensor, storage, bytes};
+  count_in({nullptr, nullptr, 0, false}, zero, nullptr, 1, 1);
   return true;
 }
 
-void Plan::push(const Work& work, const Owners& owners) {
-  if (used_ == work_.size()) {
-    work_.push_back(work);
-    owners_.push_back(owners);
-  } else {
-    work_[used_] = work;
-    owners_[used_] = owners;
+// --- running ------------------------------------------------------------------------------------
+
+bool Plan::ordered() {
+  if (!moved_ && used_ == ordered_for_) return ordered_;
+  writes_.clear();
+  reads_.clear();
+  const Owner* owner = owners_.data();
+  for (const Span& span : spans_) {
+    for (std::int64_t r = span.first; r < span.end; ++r) {
+      for (int s = 0; s < span.streams; ++s, ++owner) {
+        const bool is_written = s != kGrad || rows_[static_cast<std::size_t>(span.row)].unscale;
+        const auto begin = reinterpret_cast<std::uintptr_t>(runs_[static_cast<std::size_t>(r)].stream[s]);
+        const auto end = begin + static_cast<std::uintptr_t>(owner->bytes);
+        (is_written ? writes_ : reads_).push_back({begin, end});
+      }
+    }
   }
-  ++used_;
-  bytes_ += bytes_of(work);
-  if (retaining_) retain(owners);
+  ordered_ = any_meet(writes_, reads_);
+  ordered_for_ = used_;
+  moved_ = false;
+  return ordered_;
 }
 
-bool Plan::ordered() { return aliases_.found(); }
-
-void Plan::retain(const Owners& owners) {
-  for (int s = 0; s < owners.streams; ++s) {
-    c10::TensorImpl* tensor = owners.stream[s];
-    retained_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
-    storages_.push_back(tensor->storage());
+void Plan::retain(std::size_t first_owner, int streams) {
+  for (int s = 0; s < streams; ++s) {
+    const Owner& owner = owners_[first_owner + static_cast<std::size_t>(s)];
+    retained_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(owner.tensor));
+    storages_.push_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(owner.storage));
   }
 }
 
 void Plan::retain() {
   if (retaining_) return;
   retaining_ = true;
-  for (std::size_t i = 0; i < used_; ++i) retain(owners_[i]);
+  retain(0, static_cast<int>(owners_used_));
 }
 
-void Plan::run() {
-  for (std::size_t i = 0; i < used_; ++i) {
-    const Owners& owners = owners_[i];
-    for (int s = 0; s < owners.streams; ++s) {
-      const bool written = s != kGrad || owners.writes_grad;
-      if (written && !owners.stream[s]->is_inference()) owners.stream[s]->bump_version();
-    }
+void Plan::retain_storages() {
+  for (std::size_t i = 0; i < owners_used_; ++i) {
+    storages_.push_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(owners_[i].storage));
   }
-  const bool long_work = bytes_ >= kLongWork;
-  const bool in_order = ordered();
-  if (long_work) retain();
-  {
-    const WithoutGil guard(long_work);
-    fastsgd::run(work_.data(), used_, rows_.data(), bytes_, in_order);
-  }
+}
+
+void Plan::release() {
   retaining_ = false;
   retained_.clear();
   storages_.clear();
+}
+
+void Plan::bump_versions() {
+  std::size_t owner = 0;
+  for (const Span& span : spans_) {
+    const auto streams = static_cast<std::size_t>(span.streams);
+    const bool writes_grad = rows_[static_cast<std::size_t>(span.row)].unscale;
+    for (std::int64_t r = span.first; r < span.end; ++r, owner += streams) {
+      const std::size_t near = owner + kAhead * streams, far = near + kAhead * streams;
+      for (std::size_t s = 0; s < streams; ++s) {
+        if (s == kGrad && !writes_grad) continue;
+        if (far + s < owners_used_) prefetch(&owners_[far + s].tensor->version_counter());
+        if (near + s < owners_used_) prefetch(version_of(*owners_[near + s].tensor));
+        owners_[owner + s].tensor->bump_version();
+      }
+    }
+  }
+}
+
+void Plan::run(bool needs_order) {
+  bump_versions();
+  const bool in_order = needs_order && ordered();
+  const bool without_gil = bytes_ >= kWorthTheGil;
+  if (without_gil && !retaining_) retain_storages();  // kernels know nothing but their memory
+  {
+    const WithoutGil guard(without_gil);
+    execute(spans_, runs_.data(), rows_.data(), bytes_, in_order);
+  }
+  release();
 }
 
 }  // namespace fastsgd

@@ -1,5 +1,5 @@
 // A plan is the work of one step: which memory, by which kernel, with which scalars. It checks
-// everything that could go wrong before anything is written, and knows nothing of Python.
+// everything that could go wrong before anything is written, and knows nothing of Python's objects.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,20 +12,16 @@
 #include "cpu/engine.h"
 #include "kernel.h"
 #include "layout.h"
+#include "tensors.h"
 
 namespace fastsgd {
 
-// Where a parameter stands, for messages.
-struct Place {
-  std::int64_t group, index;
-};
-
-// A parameter as a rule sees it. `state[i]` is null where this step creates the state.
-struct Subject {
-  c10::TensorImpl* param;
-  const at::Tensor* grad;
-  c10::TensorImpl* state[kMaxStates];
-  int states;
+// How some parameters are updated: those of one group, at one step of theirs.
+struct Update {
+  const Rule* rule = nullptr;
+  const Kernel* kernels = nullptr;  // by storage type
+  std::int32_t row = -1;
+  bool writes_grad = false;
 };
 
 class Plan {
@@ -33,53 +29,77 @@ class Plan {
   // Forgets the last step, but not the memory that it took.
   void begin();
 
-  // Adds scalars, and returns the number by which add() knows them.
+  // Adds scalars, and returns the number by which an Update names them.
   std::int32_t add_row(const Row& row);
 
-  // Adds a parameter's update and returns true; or false where only stock's path can take it. Throws,
-  // naming `place` and the tensor, where stock could not either. Allocates the states that are missing
-  // into `created`.
-  bool add(const Place& place, const Rule& rule, const Kernel (&kernels)[kStorages],
-           std::int32_t row, const Subject& subject, at::Tensor* created);
+  // Adds the update of a parameter and returns true; or false where only stock's path can take it.
+  // Throws, naming `place` and the tensor, where stock could not either. The states that are missing
+  // are allocated into `created`, which is null where none are.
+  bool add(const Update& update, const Place& place, Subject& subject, at::Tensor* created) {
+    if (created == nullptr && subject.streams == 2 && add_usual<2>(update, subject)) return true;
+    if (created == nullptr && subject.streams == 3 && add_usual<3>(update, subject)) return true;
+    return add_unusual(update, place, subject, created);
+  }
 
-  // Adds a gradient to set to zero; false if it does not lie flat.
+  // Adds a gradient to set to zero; false if its memory has gaps or is not plain.
   bool add_zero(const at::Tensor& grad);
 
-  // Whether memory that one parameter's update writes is used by another's, so that order counts.
+  // Whether memory that one parameter's update writes is used by another's, so that order counts. While
+  // no stream has moved the last step's answer holds.
   bool ordered();
 
-  // Keeps every tensor and storage of this step alive until the next begin(), those to come included:
-  // for when Python code may run, or another thread.
+  // Keeps the step's tensors alive until it is over, those still to be added too: for when Python code
+  // may run meanwhile.
   void retain();
 
-  bool empty() const { return used_ == 0; }
-
-  // Writes. Version counters first, then the kernels, without the GIL when the work is long.
-  void run();
+  // Writes: version counters first, then the kernels, without the GIL where the work is long. Work that
+  // gives one result in any order need not ask for it.
+  void run(bool needs_order);
 
  private:
-  struct Owners {
-    c10::TensorImpl* stream[kMaxStreams];
-    int streams;
-    bool writes_grad;
+  // The objects behind one stream of one run, and its bytes from the first element to the last.
+  struct Owner {
+    c10::TensorImpl* tensor;
+    c10::StorageImpl* storage;
+    std::int64_t bytes;
   };
 
-  void push(const Work& work, const Owners& owners);
-  bool lay_out(const Place& place, const Rule& rule, const Owners& owners, bool unscale, Work& work,
-               std::int64_t* extents);
-  void retain(const Owners& owners);
+  template <int kStreams>
+  [[gnu::noinline]] bool add_usual(const Update& update, const Subject& subject);
+  bool add_unusual(const Update& update, const Place& place, Subject& subject, at::Tensor* created);
+  bool lay_out(const Update& update, const Place& place, const Subject& subject, Layout& layout);
+  void count_in(const Update& update, Kernel kernel, const Layout* layout, int item_size, int streams);
+  void reserve() {
+    if (used_ == reserved_) grow();
+  }
+  void grow();
+  void fetch_ahead(int streams) const;
+  void retain(std::size_t first_owner, int streams);
+  void retain_storages();
+  void release();
+  void bump_versions();
 
-  std::vector<Work> work_;
-  std::vector<Owners> owners_;
-  std::size_t used_ = 0;
+  // Of the runs, the first `used_` are this step's, and the next is written in place before it counts;
+  // likewise the owners, one for each stream of each run. What follows is left from the last step: it
+  // says what to fetch ahead, and whether anything moved.
+  std::vector<Run> runs_;
+  std::vector<Owner> owners_;
+  std::size_t used_ = 0, owners_used_ = 0, reserved_ = 0;
+  std::vector<Span> spans_;
   std::vector<Row> rows_;
-  std::deque<Layout> layouts_;  // a deque: work points into it while it grows
+  std::deque<Layout> layouts_;  // a deque: spans point into it while it grows
   std::size_t layouts_used_ = 0;
   std::int64_t bytes_ = 0;
-  AliasFinder aliases_;
+  const std::uint64_t plain_keys_ = plain_keys();
+
+  bool moved_ = true;  // a stream lies elsewhere than at the last step
+  bool ordered_ = false;
+  std::size_t ordered_for_ = 0;
+  std::vector<Range> writes_, reads_;
+
   bool retaining_ = false;
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> retained_;
-  std::vector<c10::Storage> storages_;
+  std::vector<c10::intrusive_ptr<c10::StorageImpl>> storages_;
 };
 
 }  // namespace fastsgd

@@ -138,7 +138,9 @@ void Walker::read_group(PyObject* dict, std::size_t number, Group& group) {
                                   memory.seen[at], group.hypers[i]);
   }
   group.maximize = truth(value_of(maximize_, dict));
-  if (group.readable) group.structure = rule_.structure(group.hypers);
+  if (!group.readable) return;
+  group.structure = rule_.structure(group.hypers);
+  group.states = rule_.state_count(group.structure);
 }
 
 // What a GradScaler leaves on an optimizer that does its own unscaling; false where it is unreadable.
@@ -158,61 +160,67 @@ bool Walker::read_scaling(PyObject* attributes, bool& skip) {
   return true;
 }
 
-std::int32_t Walker::row_of(Group& group, bool first) {
-  std::int32_t& number = group.row[first ? 1 : 0];
-  if (number < 0) {
-    Row row;
-    rule_.scalars(group.hypers, first, row);
-    row.inverse_scale = inverse_scale_;
-    row.unscale = unscale_;
-    row.maximize = group.maximize;
-    number = plan_.add_row(row);
-  }
-  return number;
+const Update& Walker::make_update(Group& group, bool first) {
+  Row row;
+  rule_.scalars(group.hypers, first, row);
+  row.inverse_scale = inverse_scale_;
+  row.unscale = unscale_;
+  row.maximize = group.maximize;
+  Update& update = group.update[first ? 1 : 0];
+  update = {&rule_, kernels().step[rule_number_][group.structure], plan_.add_row(row), unscale_};
+  return update;
 }
 
 // --- the step -----------------------------------------------------------------------------------
 
-bool Walker::plan_param(const Place& place, Group& group, PyObject* param, Py_ssize_t& hint) {
-  const at::Tensor& tensor = tensor_of(param);
-  const at::Tensor& grad = tensor.unsafeGetTensorImpl()->grad();
+bool Walker::plan_param(const Place& place, Group& group, PyObject* param, Path& path) {
+  c10::TensorImpl* tensor = tensor_of(param).unsafeGetTensorImpl();
+  const at::Tensor& grad = tensor->grad();
+  path.count = 0;
+  path.note(param);
+  path.note(&grad);
   if (!grad.defined()) return true;
   if (!group.readable) return false;
-  Subject subject{tensor.unsafeGetTensorImpl(), &grad, {}, rule_.state_count(group.structure)};
+  Subject subject;
+  subject.tensor[kParam] = tensor;
+  subject.tensor[kGrad] = grad.unsafeGetTensorImpl();
+  subject.streams = kState + group.states;
+  if (group.states == 0) return plan_.add(update_of(group, false), place, subject, nullptr);
 
-  PyObject* states = nullptr;
   bool first = false;
-  if (subject.states > 0) {
-    states = states_.at(param, hint);
-    if (states != nullptr && !PyDict_Check(states)) return false;
-    for (int i = 0; i < subject.states; ++i) {
-      PyObject* state = states == nullptr
-                            ? nullptr
-                            : optional_value_of(state_keys_[static_cast<std::size_t>(i)], states);
-      if (state == nullptr) {
-        first = true;
-        continue;
-      }
-      if (!exact_tensor(state)) {
-        if (THPVariable_Check(state)) return false;
-        TORCH_CHECK_TYPE(false, "param_groups[", place.group, "]['params'][", place.index,
-                         "]: its state '", rule_.states[i], "' must be a Tensor, not ",
-                         Py_TYPE(state)->tp_name, ". Is the checkpoint corrupt? Delete the state.");
-      }
-      subject.state[i] = tensor_of(state).unsafeGetTensorImpl();
+  PyObject* states = states_.at(param, path.position);
+  if (states != nullptr) {
+    if (!PyDict_Check(states)) return false;
+    path.note(states);
+    path.note(reinterpret_cast<PyDictObject*>(states)->ma_keys);
+  }
+  for (int i = 0; i < group.states; ++i) {
+    c10::TensorImpl*& entry = subject.tensor[kState + i];
+    DictKey& key = state_keys_[static_cast<std::size_t>(i)];
+    PyObject* state = states == nullptr ? nullptr : optional_value_of(key, states);
+    if (state == nullptr) {
+      first = true;
+      entry = nullptr;
+      continue;
     }
+    if (!exact_tensor(state)) {
+      TORCH_CHECK_TYPE(THPVariable_Check(state), at_place(place), ": ",
+                       stream_name(rule_, kState + i), " must be a Tensor, not ",
+                       Py_TYPE(state)->tp_name, ". Is the checkpoint corrupt?");
+      return false;
+    }
+    path.note(state);
+    entry = tensor_of(state).unsafeGetTensorImpl();
   }
-
-  Creation creation;
-  const auto& kernels = fastsgd::kernels().step[rule_number_][group.structure];
-  if (!plan_.add(place, rule_, kernels, row_of(group, first), subject, creation.value)) return false;
-  if (first) {
-    creation.param = Ref::borrow(param);
-    creation.states = Ref::borrow(states);
-    creation.count = subject.states;
-    creations_.push_back(std::move(creation));
-  }
-  return true;
+  const Update& update = update_of(group, first);
+  if (!first) return plan_.add(update, place, subject, nullptr);
+  Creation& creation = creations_.emplace_back();
+  creation.param = Ref::borrow(param);
+  creation.states = Ref::borrow(states);
+  creation.count = group.states;
+  if (plan_.add(update, place, subject, creation.value)) return true;
+  creations_.pop_back();
+  return false;
 }
 
 bool Walker::step(PyObject* optimizer) {
@@ -241,8 +249,9 @@ bool Walker::step(PyObject* optimizer) {
     read_group(dict, static_cast<std::size_t>(g), group);
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++number) {
       PyObject* param = PyList_GET_ITEM(params, i);
-      if (number == hints_.size()) hints_.push_back(0);
-      const bool taken = exact_tensor(param) ? plan_param({g, i}, group, param, hints_[number])
+      if (number == paths_.size()) paths_.emplace_back();
+      if (number + kAhead < paths_.size()) paths_[number + kAhead].fetch();
+      const bool taken = exact_tensor(param) ? plan_param({g, i}, group, param, paths_[number])
                                              : !has_grad(param);
       if (taken) continue;
       routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
@@ -254,7 +263,7 @@ bool Walker::step(PyObject* optimizer) {
   if (plan_.ordered() && !(routes_.empty() && creations_.empty())) return routes_.clear(), false;
   if (!routes_.empty()) return false;
   commit(state);
-  plan_.run();
+  plan_.run(true);
   creations_.clear();
   return true;
 }
@@ -311,7 +320,7 @@ void Walker::undo(PyObject* state, Creation& creation) noexcept {
 
 void Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& others) {
   const Busy guard(busy);
-  plan_.begin();
+  zero_plan_.begin();
   PyObject* groups = value_of(param_groups_, attributes_of(optimizer));
   TORCH_CHECK_TYPE(PyList_Check(groups), "param_groups must be a list, not ", Py_TYPE(groups)->tp_name);
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
@@ -337,12 +346,12 @@ void Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& 
           grad.set_requires_grad(false);
         }
       }
-      if (!c10::impl::TorchDispatchModeTLS::any_modes_set() && plan_.add_zero(grad)) continue;
-      plan_.retain();  // a dispatched operator may run Python code
+      if (!c10::impl::TorchDispatchModeTLS::any_modes_set() && zero_plan_.add_zero(grad)) continue;
+      zero_plan_.retain();  // a dispatched operator may run Python code
       grad.zero_();
     }
   }
-  plan_.run();
+  zero_plan_.run(false);
 }
 
 }  // namespace fastsgd

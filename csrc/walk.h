@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "plan.h"
+#include "prefetch.h"
 #include "pydict.h"
 
 namespace fastsgd {
@@ -43,13 +44,24 @@ class Walker {
   struct GroupMemory {
     std::vector<Seen> seen;
   };
+  // What was met on the way to one parameter's tensors at the last step: where its states were found,
+  // and what to fetch ahead of meeting it again.
+  struct Path {
+    Py_ssize_t position = 0;
+    const void* objects[4 + kMaxStates];
+    int count = 0;
+    void note(const void* object) { objects[count++] = object; }
+    void fetch() const {
+      for (int i = 0; i < count; ++i) prefetch(objects[i]);
+    }
+  };
   // The options of one group at this step, and its rows of scalars so far.
   struct Group {
     double hypers[kMaxHypers];
     bool maximize = false;
     bool readable = false;  // false: an option only stock can interpret
-    int structure = 0;
-    std::int32_t row[2] = {-1, -1};  // for a later and for a first step
+    int structure = 0, states = 0;
+    Update update[2];  // of parameters at a later and at their first step
   };
   // A state that this step creates.
   struct Creation {
@@ -62,15 +74,19 @@ class Walker {
   void read_group(PyObject* dict, std::size_t number, Group& group);
   bool read_number(PyObject* object, Hyper::Kind kind, Seen& seen, double& value);
   bool read_scaling(PyObject* attributes, bool& skip);
-  bool plan_param(const Place& place, Group& group, PyObject* param, Py_ssize_t& hint);
-  std::int32_t row_of(Group& group, bool first);
+  bool plan_param(const Place& place, Group& group, PyObject* param, Path& path);
+  const Update& update_of(Group& group, bool first) {
+    const Update& update = group.update[first ? 1 : 0];
+    return update.row >= 0 ? update : make_update(group, first);
+  }
+  const Update& make_update(Group& group, bool first);
   void commit(PyObject* state);
   void store(PyObject* state, Creation& creation);
   void undo(PyObject* state, Creation& creation) noexcept;
 
   const Rule& rule_;
   int rule_number_;
-  Plan plan_;
+  Plan plan_, zero_plan_;
   Routes routes_;
   DictKey param_groups_{"param_groups"}, state_{"state"}, defaults_{"defaults"}, params_{"params"},
       differentiable_{"differentiable"}, maximize_{"maximize"}, grad_scale_{"grad_scale"},
@@ -78,7 +94,7 @@ class Walker {
       post_hooks_{"_optimizer_step_post_hooks"};
   std::vector<DictKey> hyper_keys_, state_keys_;
   std::vector<GroupMemory> groups_;
-  std::vector<Py_ssize_t> hints_;  // one for each parameter: where its state was in optimizer.state
+  std::vector<Path> paths_;  // one for each parameter
   IdentityMap states_;
   std::vector<Creation> creations_;
   double inverse_scale_ = 1;

@@ -28,9 +28,12 @@ int available_cpus() {
   return cpus;
 }
 
+// Below this many bytes a parallel region costs more than it saves.
+constexpr std::int64_t kWorthATeam = 4 << 20;
+
 // A team larger than the machine pays context switches at its barrier, so it must have more to do.
 std::int64_t worth_a_region(int team) {
-  return team <= available_cpus() ? kLongWork : 16 * kLongWork;
+  return team <= available_cpus() ? kWorthATeam : 16 * kWorthATeam;
 }
 
 // --- streams that do not lie flat ---------------------------------------------------------------
@@ -56,8 +59,9 @@ void copy_strided(char* to, std::int64_t to_stride, const char* from, std::int64
 
 // Elements [begin, end) in the layout's order, a stretch of the innermost dimension at a time. A
 // stream that is not contiguous there passes through a tile on the stack.
-void run_strided(const Work& work, const Row& row, std::int64_t begin, std::int64_t end) {
-  const Layout& layout = *work.layout;
+void execute_strided(const Span& span, const Run& run, const Row& row, std::int64_t begin,
+                     std::int64_t end) {
+  const Layout& layout = *span.layout;
   const int inner = layout.dims - 1;
   alignas(64) char tile[kMaxStreams][kTile * sizeof(double)];
   std::int64_t index[kMaxDims];
@@ -67,26 +71,26 @@ void run_strided(const Work& work, const Row& row, std::int64_t begin, std::int6
     rest /= layout.size[d];
   }
   while (begin < end) {
-    const std::int64_t count =
-        std::min({end - begin, layout.size[inner] - index[inner], std::int64_t{kTile}});
-    char *at[kMaxStreams], *direct[kMaxStreams];
-    for (int s = 0; s < work.streams; ++s) {
+    Run stretch;
+    stretch.count = std::min({end - begin, layout.size[inner] - index[inner], std::int64_t{kTile}});
+    char* at[kMaxStreams];
+    for (int s = 0; s < span.streams; ++s) {
       std::int64_t offset = 0;
       for (int d = 0; d <= inner; ++d) offset += index[d] * layout.stride[d][s];
-      at[s] = direct[s] = work.stream[s] + offset * work.item_size;
+      at[s] = stretch.stream[s] = run.stream[s] + offset * span.item_size;
       const std::int64_t stride = layout.stride[inner][s];
       if (stride == 1) continue;
-      direct[s] = tile[s];
-      copy_strided(tile[s], 1, at[s], stride, count, work.item_size);
+      stretch.stream[s] = tile[s];
+      copy_strided(tile[s], 1, at[s], stride, stretch.count, span.item_size);
     }
-    work.kernel(row, direct, count);
-    for (int s = 0; s < work.streams; ++s) {
+    span.kernel(row, &stretch, 1);
+    for (int s = 0; s < span.streams; ++s) {
       const bool written = s != kGrad || row.unscale;
-      if (!written || direct[s] == at[s]) continue;
-      copy_strided(at[s], layout.stride[inner][s], tile[s], 1, count, work.item_size);
+      if (!written || stretch.stream[s] == at[s]) continue;
+      copy_strided(at[s], layout.stride[inner][s], tile[s], 1, stretch.count, span.item_size);
     }
-    begin += count;
-    index[inner] += count;
+    begin += stretch.count;
+    index[inner] += stretch.count;
     for (int d = inner; d > 0 && index[d] == layout.size[d]; --d) {
       index[d] = 0;
       ++index[d - 1];
@@ -94,45 +98,55 @@ void run_strided(const Work& work, const Row& row, std::int64_t begin, std::int6
   }
 }
 
-void run_range(const Work& work, const Row& row, std::int64_t begin, std::int64_t end) {
-  if (work.layout != nullptr) return run_strided(work, row, begin, end);
-  char* streams[kMaxStreams];
-  for (int s = 0; s < work.streams; ++s) streams[s] = work.stream[s] + begin * work.item_size;
-  work.kernel(row, streams, end - begin);
+void execute_part(const Span& span, const Run& run, const Row& row, std::int64_t begin,
+                  std::int64_t end) {
+  if (span.layout != nullptr) return execute_strided(span, run, row, begin, end);
+  Run part;
+  for (int s = 0; s < span.streams; ++s) part.stream[s] = run.stream[s] + begin * span.item_size;
+  part.count = end - begin;
+  span.kernel(row, &part, 1);
 }
 
-// The share of one worker: of all bytes in the list's order, those in [begin, end).
-void run_share(const Work* work, std::size_t count, const Row* rows, std::int64_t begin,
-               std::int64_t end) {
-  // Cuts fall on multiples of 64 elements, so that two workers do not write one cache line.
-  const auto element = [](const Work& w, std::int64_t bytes) {
-    const std::int64_t elements = bytes / (w.item_size * w.streams);
-    return std::clamp<std::int64_t>((elements + 63) / 64 * 64, 0, w.count);
-  };
+// The share of one worker: of all bytes, in the order of the runs, those in [begin, end).
+void execute_share(const std::vector<Span>& spans, const Run* runs, const Row* rows,
+                   std::int64_t begin, std::int64_t end) {
   std::int64_t passed = 0;
-  for (std::size_t i = 0; i < count && passed < end; ++i) {
-    const Work& w = work[i];
-    const std::int64_t bytes = bytes_of(w);
-    if (passed + bytes > begin) {
-      const std::int64_t first = passed >= begin ? 0 : element(w, begin - passed);
-      const std::int64_t last = passed + bytes <= end ? w.count : element(w, end - passed);
-      if (first < last) run_range(w, rows[w.row], first, last);
+  for (const Span& span : spans) {
+    // A cut falls on a multiple of 64 elements, so that two workers do not write one cache line.
+    const auto cut = [&](const Run& run, std::int64_t bytes) {
+      const std::int64_t elements = bytes / span.item_bytes();
+      return std::clamp<std::int64_t>((elements + 63) / 64 * 64, 0, run.count);
+    };
+    for (std::int64_t r = span.first; r < span.end && passed < end; ++r) {
+      const Run& run = runs[r];
+      const std::int64_t bytes = run.count * span.item_bytes();
+      const std::int64_t first = cut(run, begin - passed);
+      const std::int64_t last = passed + bytes <= end ? run.count : cut(run, end - passed);
+      if (first < last) execute_part(span, run, rows[span.row], first, last);
+      passed += bytes;
     }
-    passed += bytes;
   }
 }
 
 }  // namespace
 
-void run(const Work* work, std::size_t count, const Row* rows, std::int64_t bytes, bool ordered) {
+void execute(const std::vector<Span>& spans, const Run* runs, const Row* rows, std::int64_t bytes,
+             bool ordered) {
   const int team = ordered ? 1 : threads();
   if (team == 1 || bytes < worth_a_region(team)) {
-    for (std::size_t i = 0; i < count; ++i) run_range(work[i], rows[work[i].row], 0, work[i].count);
+    for (const Span& span : spans) {
+      const Run* first = runs + span.first;
+      if (span.layout != nullptr) {
+        execute_strided(span, *first, rows[span.row], 0, first->count);
+      } else {
+        span.kernel(rows[span.row], first, span.end - span.first);
+      }
+    }
     return;
   }
   at::parallel_for(0, team, 1, [&](std::int64_t begin, std::int64_t end) {
-    // A region may have fewer threads than was asked for: `begin` to `end` are shares, not threads.
-    run_share(work, count, rows, bytes * begin / team, bytes * end / team);
+    // A region may have fewer threads than were asked for: these are shares, not threads.
+    execute_share(spans, runs, rows, bytes * begin / team, bytes * end / team);
   });
 }
 
@@ -155,8 +169,10 @@ int threads() {
   return forked.load(std::memory_order_relaxed) ? 1 : at::get_num_threads();
 }
 
-void zero(const Row&, char* const* streams, std::int64_t count) {
-  std::memset(streams[0], 0, static_cast<std::size_t>(count));
+void zero(const Row&, const Run* run, std::int64_t runs) {
+  for (const Run* end = run + runs; run != end; ++run) {
+    std::memset(run->stream[0], 0, static_cast<std::size_t>(run->count));
+  }
 }
 
 }  // namespace fastsgd

@@ -5,6 +5,7 @@
 #include "cpu/simd.h"  // before the rules: registers have no namespace to be looked up in
 
 #include "cpu/kernels.h"
+#include "prefetch.h"
 
 namespace fastsgd {
 namespace {
@@ -30,9 +31,9 @@ FASTSGD_LANE void advance(const typename R::template Scalars<L>& scalars, const 
   store(param, p);
 }
 
-// The whole of a run of elements: registers while they fit, then single elements.
+// All elements of each run: registers while they fit, then single elements.
 template <class R, int kStructure, class T>
-void step(const Row& row, char* const* streams, std::int64_t count) {
+void step(const Row& row, const Run* run, std::int64_t runs) {
   using Scalar = typename Compute<T>::Scalar;
   using Register = typename Compute<T>::Register;
   constexpr int kStates = R::state_count(kStructure);
@@ -41,28 +42,32 @@ void step(const Row& row, char* const* streams, std::int64_t count) {
   typename R::template Scalars<double> exact;
   __builtin_memcpy(&exact, row.scalars, sizeof(exact));
   const auto scalars = exact.each([](double x) { return static_cast<Scalar>(x); });
+  const auto wide = scalars.each([](Scalar x) { return broadcast<Register>(x); });
   const Gradient<Scalar> gradient{static_cast<Scalar>(row.inverse_scale), row.unscale, row.maximize};
+  const Gradient<Register> wide_gradient{broadcast<Register>(gradient.inverse_scale), row.unscale,
+                                         row.maximize};
 
-  T* param = reinterpret_cast<T*>(streams[kParam]);
-  T* grad = reinterpret_cast<T*>(streams[kGrad]);
-  T* state[kStates + 1];
-  for (int i = 0; i < kStates; ++i) state[i] = reinterpret_cast<T*>(streams[kState + i]);
-  const auto next = [&](std::int64_t elements) {
-    param += elements;
-    grad += elements;
-    for (int i = 0; i < kStates; ++i) state[i] += elements;
-    count -= elements;
-  };
-
-  if (count >= kLanes) {
-    const auto wide = scalars.each([](Scalar x) { return broadcast<Register>(x); });
-    const Gradient<Register> wide_gradient{broadcast<Register>(gradient.inverse_scale),
-                                           row.unscale, row.maximize};
-    for (; count >= kLanes; next(kLanes)) {
+  for (const Run* end = run + runs; run != end; ++run) {
+    if (static_cast<std::size_t>(end - run) > kAhead) {
+      for (int i = 0; i < kState + kStates; ++i) prefetch(run[kAhead].stream[i]);
+    }
+    T* param = reinterpret_cast<T*>(run->stream[kParam]);
+    T* grad = reinterpret_cast<T*>(run->stream[kGrad]);
+    T* state[kStates + 1];
+    for (int i = 0; i < kStates; ++i) state[i] = reinterpret_cast<T*>(run->stream[kState + i]);
+    const auto pass = [&](std::int64_t elements) {
+      param += elements;
+      grad += elements;
+      for (int i = 0; i < kStates; ++i) state[i] += elements;
+    };
+    std::int64_t left = run->count;
+    for (; left >= kLanes; left -= kLanes, pass(kLanes)) {
       advance<R, kStructure>(wide, wide_gradient, param, grad, state);
     }
+    for (; left > 0; --left, pass(1)) {
+      advance<R, kStructure>(scalars, gradient, param, grad, state);
+    }
   }
-  for (; count > 0; next(1)) advance<R, kStructure>(scalars, gradient, param, grad, state);
 }
 
 // --- the table ----------------------------------------------------------------------------------

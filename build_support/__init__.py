@@ -1,0 +1,1 @@
+"""How fastsgd is built; no part of the installed package."""

@@ -1,0 +1,107 @@
+#include "tensors.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
+
+namespace fastsgd {
+namespace {
+
+bool plain(const c10::TensorImpl& tensor) { return tensor.key_set().raw_repr() == plain_keys(); }
+
+// The same, made in inference mode.
+bool plain_inference(const c10::TensorImpl& tensor) {
+  static const std::uint64_t keys = [] {
+    c10::InferenceMode guard;
+    return at::empty({0}).key_set().raw_repr();
+  }();
+  return tensor.key_set().raw_repr() == keys;
+}
+
+// Whether broadcasting makes a tensor of shape `from` one of shape `to`.
+bool expands_to(at::IntArrayRef from, at::IntArrayRef to) {
+  if (from.size() > to.size()) return false;
+  const std::size_t skip = to.size() - from.size();
+  for (std::size_t d = 0; d < from.size(); ++d) {
+    if (from[d] != 1 && from[d] != to[skip + d]) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+std::uint64_t plain_keys() {
+  static const std::uint64_t keys = at::empty({0}).key_set().raw_repr();
+  return keys;
+}
+
+bool same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b) {
+  if (!same_sizes(a.sizes(), b.sizes())) return false;
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  if (!a.is_non_overlapping_and_dense() || !b.is_non_overlapping_and_dense()) return false;
+  return a.strides() == b.strides();
+}
+
+std::string at_place(const Place& place) {
+  return c10::str("param_groups[", place.group, "]['params'][", place.index, "]");
+}
+
+std::string stream_name(const Rule& rule, int stream) {
+  if (stream == kParam) return "its data";
+  if (stream == kGrad) return "its grad";
+  return c10::str("its state '", rule.states[stream - kState], "'");
+}
+
+bool check_kinds(const Place& place, const Rule& rule, const Subject& subject, bool writes_grad) {
+  const c10::TensorImpl& param = *subject.tensor[kParam];
+  if (!plain(param) && !plain_inference(param)) return false;
+  bool takes = storage_type(param).has_value();
+  for (int s = 0; s < subject.streams; ++s) {
+    if (subject.tensor[s] == nullptr) continue;
+    c10::TensorImpl& tensor = *subject.tensor[s];
+    const auto name = [&] { return stream_name(rule, s); };
+    TORCH_CHECK(tensor.device() == param.device(), at_place(place), " is on ", param.device(),
+                " but ", name(), " is on ", tensor.device(),
+                ". Expected all tensors to be on the same device.");
+    if (plain_inference(tensor)) {
+      const bool written = s != kGrad || writes_grad;
+      TORCH_CHECK(!written || c10::InferenceMode::is_enabled(), at_place(place), ": ", name(),
+                  " is an inference tensor. Inplace update to inference tensor outside "
+                  "InferenceMode is not allowed. You can make a clone to get a normal tensor before "
+                  "doing inplace update.");
+    } else if (!plain(tensor)) {
+      takes = false;  // sparse, a subclass, ...: only its own operators know what fits
+      continue;
+    }
+    if (tensor.dtype() == param.dtype() && same_sizes(tensor.sizes(), param.sizes())) continue;
+    takes = false;
+    TORCH_CHECK(expands_to(tensor.sizes(), param.sizes()), at_place(place), " has shape ",
+                param.sizes(), " but ", name(), " has shape ", tensor.sizes(),
+                ", which does not broadcast to it. Was the parameter's data swapped?");
+    if (s < kState) continue;
+    TORCH_CHECK(expands_to(subject.tensor[kGrad]->sizes(), tensor.sizes()), at_place(place),
+                " has a grad of shape ", subject.tensor[kGrad]->sizes(), " but ", name(),
+                " has shape ", tensor.sizes(),
+                ", to which that does not broadcast. Was the parameter's data swapped?");
+    const auto dtype = c10::typeMetaToScalarType(tensor.dtype());
+    TORCH_CHECK(at::isFloatingType(dtype) || at::isComplexType(dtype), at_place(place), ": ", name(),
+                " has dtype ", c10::toString(dtype),
+                ", which holds no fractions. Is the checkpoint corrupt?");
+  }
+  return takes;
+}
+
+void storage_too_small(const Place& place, const Rule& rule, int stream,
+                       const c10::TensorImpl& tensor) {
+  TORCH_CHECK(false, at_place(place), ": the storage of ", stream_name(rule, stream), " holds ",
+              tensor.storage().nbytes(), " bytes, too few for its shape ", tensor.sizes(),
+              ". Was it freed or resized?");
+}
+
+void written_but_expanded(const Place& place, const Rule& rule, int stream) {
+  TORCH_CHECK(false, at_place(place), ": ", stream_name(rule, stream),
+              " is expanded. unsupported operation: more than one element of the written-to tensor "
+              "refers to a single memory location. Please clone() the tensor before performing the "
+              "operation.");
+}
+
+}  // namespace fastsgd

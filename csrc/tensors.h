@@ -1,0 +1,66 @@
+// What the kernels can take of a tensor, what only stock's path can, and what no path can: then a
+// sentence says where and why.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "kernel.h"
+
+namespace fastsgd {
+
+// Where a parameter stands, for messages.
+struct Place {
+  std::int64_t group, index;
+};
+
+// A parameter as the walk found it: its streams, and null for a state that it does not have yet.
+struct Subject {
+  c10::TensorImpl* tensor[kMaxStreams];
+  int streams;
+};
+
+// The dispatch keys of a dense, strided CPU tensor and nothing else: no subclass, no wrapper, no lazy
+// negation or conjugation.
+std::uint64_t plain_keys();
+
+// How the kernels call the tensor's dtype, if they know it.
+inline std::optional<Storage> storage_type(const c10::TensorImpl& tensor) {
+  const caffe2::TypeMeta type = tensor.dtype();
+  if (type.Match<float>()) return Storage::kFloat;
+  if (type.Match<double>()) return Storage::kDouble;
+  if (type.Match<at::BFloat16>()) return Storage::kBFloat16;
+  if (type.Match<at::Half>()) return Storage::kHalf;
+  return std::nullopt;
+}
+
+inline constexpr std::int16_t kItemSizes[kStorages] = {4, 8, 2, 2};
+inline std::int16_t item_size_of(Storage storage) { return kItemSizes[static_cast<int>(storage)]; }
+
+inline bool same_sizes(at::IntArrayRef a, at::IntArrayRef b) {
+  if (a.size() != b.size()) return false;
+  for (std::size_t d = 0; d < a.size(); ++d) {  // few: cheaper than a call to compare memory
+    if (a[d] != b[d]) return false;
+  }
+  return true;
+}
+
+// Whether equal indices lie at equal distances from the first element, and no others between.
+bool same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b);
+
+// "param_groups[0]['params'][3]".
+std::string at_place(const Place& place);
+// "its grad", "its state 'momentum_buffer'".
+std::string stream_name(const Rule& rule, int stream);
+
+// Whether kernels can take the tensors of a parameter: plain ones of one dtype and one shape. Throws
+// where stock could not take them either.
+bool check_kinds(const Place& place, const Rule& rule, const Subject& subject, bool writes_grad);
+
+[[noreturn]] void storage_too_small(const Place& place, const Rule& rule, int stream,
+                                    const c10::TensorImpl& tensor);
+[[noreturn]] void written_but_expanded(const Place& place, const Rule& rule, int stream);
+
+}  // namespace fastsgd
