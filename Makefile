@@ -17,7 +17,7 @@ test: $(VENV)/built
 
 # What takes minutes or gigabytes: installs into fresh environments, huge tensors.
 test-slow: $(VENV)/built
-	$(BIN)/python -m pytest --slow -m slow
+	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/built
 	$(BIN)/python -m fastsgd bench

@@ -20,6 +20,8 @@ inline constexpr int kMaxStreams = kState + kMaxStates;
 struct Run {
   char* stream[kMaxStreams];
   std::int64_t count;
+  std::int32_t streams;
+  bool writes_grad;
 };
 
 // Updates `runs` runs whose elements are stored alike and whose scalars are the same.

@@ -2,9 +2,9 @@
 
 #include <Python.h>
 
+#include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>
-
-#include <cstring>
+#include <ATen/ops/empty_strided.h>
 
 #include "prefetch.h"
 
@@ -32,20 +32,23 @@ char* data_of(c10::StorageImpl& storage, bool written) {
   return static_cast<char*>(written ? storage.mutable_data() : const_cast<void*>(storage.data()));
 }
 
-bool written(const Update& update, int stream) { return stream != kGrad || update.writes_grad; }
-
-// Where a tensor's version is counted: the tensor holds one pointer, which has no accessor.
-const void* version_of(const c10::TensorImpl& tensor) {
-  static_assert(sizeof(c10::VariableVersion) == sizeof(void*));
-  const void* counter;
-  std::memcpy(&counter, &tensor.version_counter(), sizeof(counter));
-  return counter;
+// A tensor for a state, its memory laid out as stock's operators would lay it out.
+at::Tensor new_state(StateLike like, c10::TensorImpl& param, c10::TensorImpl& grad) {
+  const at::Tensor g(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&grad));
+  if (like == StateLike::kGrad || same_layout(param, grad)) return at::empty_like(g);
+  const auto shape_of = [](const c10::TensorImpl& tensor) {
+    return at::empty_strided(tensor.sizes(), tensor.strides(), at::device(at::kMeta));
+  };
+  const at::Tensor sum = at::add(shape_of(grad), shape_of(param));
+  return at::empty_strided(sum.sizes(), sum.strides(), g.options().requires_grad(false));
 }
+
+bool written(const Update& update, int stream) { return stream != kGrad || update.writes_grad; }
 
 }  // namespace
 
 void Plan::begin() {
-  used_ = owners_used_ = layouts_used_ = 0;
+  used_ = owners_used_ = written_used_ = layouts_used_ = 0;
   bytes_ = 0;
   spans_.clear();
   rows_.clear();
@@ -63,12 +66,17 @@ void Plan::grow() {
   reserved_ = 2 * reserved_ + 8;
   runs_.resize(reserved_);
   owners_.resize(reserved_ * kMaxStreams);
+  written_.resize(reserved_ * kMaxStreams);
 }
 
 inline void Plan::count_in(const Update& update, Kernel kernel, const Layout* layout, int item_size,
                            int streams) {
   if (retaining_) retain(owners_used_, streams);
   bytes_ += runs_[used_].count * item_size * streams;
+  for (int s = 0; s < streams; ++s) {
+    if (!written(update, s)) continue;
+    written_[written_used_++] = owners_[owners_used_ + static_cast<std::size_t>(s)].tensor;
+  }
   owners_used_ += static_cast<std::size_t>(streams);
   const auto number = static_cast<std::int64_t>(used_++);
   if (layout == nullptr && !spans_.empty()) {
@@ -105,7 +113,7 @@ bool Plan::add_usual(const Update& update, const Subject& subject) {
   const std::int64_t item_size = item_size_of(*type), bytes = count * item_size;
   Run& run = runs_[used_];
   Owner* owners = &owners_[owners_used_];
-  bool moved = false;
+  bool moved = run.streams != kStreams || run.writes_grad != update.writes_grad;
 #pragma GCC unroll 8
   for (int s = 0; s < kStreams; ++s) {
     c10::TensorImpl& tensor = *subject.tensor[s];
@@ -123,6 +131,8 @@ bool Plan::add_usual(const Update& update, const Subject& subject) {
     owners[s] = {&tensor, storage, bytes};
   }
   run.count = count;
+  run.streams = kStreams;
+  run.writes_grad = update.writes_grad;
   moved_ |= moved;
 #pragma GCC unroll 8
   for (int s = 1; s < kStreams; ++s) {
@@ -144,14 +154,9 @@ bool Plan::add_unusual(const Update& update, const Place& place, Subject& subjec
   reserve();
   if (!check_kinds(place, *update.rule, subject, update.writes_grad)) return false;
   const c10::TensorImpl& param = *subject.tensor[kParam];
-  const c10::TensorImpl& grad = *subject.tensor[kGrad];
-
-  // A state that is missing is made as stock makes it: laid out like the gradient.
   for (int s = kState; s < subject.streams; ++s) {
     if (subject.tensor[s] != nullptr) continue;
-    if (!same_layout(param, grad)) return false;
-    const auto like = c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(subject.tensor[kGrad]);
-    created[s - kState] = at::empty_like(at::Tensor(like));
+    created[s - kState] = new_state(update.state_like, *subject.tensor[kParam], *subject.tensor[kGrad]);
     subject.tensor[s] = created[s - kState].unsafeGetTensorImpl();
   }
   const std::int64_t count = param.numel();
@@ -167,7 +172,8 @@ bool Plan::add_unusual(const Update& update, const Place& place, Subject& subjec
   Run& run = runs_[used_];
   Owner* owners = &owners_[owners_used_];
   run.count = count;
-  moved_ = true;
+  run.streams = subject.streams;
+  run.writes_grad = update.writes_grad;
   for (int s = 0; s < subject.streams; ++s) {
     c10::TensorImpl& tensor = *subject.tensor[s];
     c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
@@ -227,6 +233,7 @@ bool Plan::add_zero(const at::Tensor& grad) {
   reserve();
   runs_[used_].stream[kParam] = static_cast<char*>(storage->mutable_data()) + offset;
   runs_[used_].count = bytes;
+  runs_[used_].streams = 1;
   owners_[owners_used_] = {&tensor, storage, bytes};
   count_in({nullptr, nullptr, 0, false}, zero, nullptr, 1, 1);
   return true;
@@ -239,14 +246,11 @@ bool Plan::ordered() {
   writes_.clear();
   reads_.clear();
   const Owner* owner = owners_.data();
-  for (const Span& span : spans_) {
-    for (std::int64_t r = span.first; r < span.end; ++r) {
-      for (int s = 0; s < span.streams; ++s, ++owner) {
-        const bool is_written = s != kGrad || rows_[static_cast<std::size_t>(span.row)].unscale;
-        const auto begin = reinterpret_cast<std::uintptr_t>(runs_[static_cast<std::size_t>(r)].stream[s]);
-        const auto end = begin + static_cast<std::uintptr_t>(owner->bytes);
-        (is_written ? writes_ : reads_).push_back({begin, end});
-      }
+  for (std::size_t i = 0; i < used_; ++i) {
+    for (int s = 0; s < runs_[i].streams; ++s, ++owner) {
+      const auto begin = reinterpret_cast<std::uintptr_t>(runs_[i].stream[s]);
+      const Range range{begin, begin + static_cast<std::uintptr_t>(owner->bytes)};
+      (s != kGrad || runs_[i].writes_grad ? writes_ : reads_).push_back(range);
     }
   }
   ordered_ = any_meet(writes_, reads_);
@@ -281,25 +285,8 @@ void Plan::release() {
   storages_.clear();
 }
 
-void Plan::bump_versions() {
-  std::size_t owner = 0;
-  for (const Span& span : spans_) {
-    const auto streams = static_cast<std::size_t>(span.streams);
-    const bool writes_grad = rows_[static_cast<std::size_t>(span.row)].unscale;
-    for (std::int64_t r = span.first; r < span.end; ++r, owner += streams) {
-      const std::size_t near = owner + kAhead * streams, far = near + kAhead * streams;
-      for (std::size_t s = 0; s < streams; ++s) {
-        if (s == kGrad && !writes_grad) continue;
-        if (far + s < owners_used_) prefetch(&owners_[far + s].tensor->version_counter());
-        if (near + s < owners_used_) prefetch(version_of(*owners_[near + s].tensor));
-        owners_[owner + s].tensor->bump_version();
-      }
-    }
-  }
-}
-
 void Plan::run(bool needs_order) {
-  bump_versions();
+  for (std::size_t i = 0; i < written_used_; ++i) written_[i]->bump_version();
   const bool in_order = needs_order && ordered();
   const bool without_gil = bytes_ >= kWorthTheGil;
   if (without_gil && !retaining_) retain_storages();  // kernels know nothing but their memory

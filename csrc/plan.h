@@ -22,6 +22,7 @@ struct Update {
   const Kernel* kernels = nullptr;  // by storage type
   std::int32_t row = -1;
   bool writes_grad = false;
+  StateLike state_like = StateLike::kGrad;
 };
 
 class Plan {
@@ -38,6 +39,7 @@ class Plan {
   bool add(const Update& update, const Place& place, Subject& subject, at::Tensor* created) {
     if (created == nullptr && subject.streams == 2 && add_usual<2>(update, subject)) return true;
     if (created == nullptr && subject.streams == 3 && add_usual<3>(update, subject)) return true;
+    moved_ = true;  // a refused run has been written to the place of another
     return add_unusual(update, place, subject, created);
   }
 
@@ -77,14 +79,14 @@ class Plan {
   void retain(std::size_t first_owner, int streams);
   void retain_storages();
   void release();
-  void bump_versions();
 
   // Of the runs, the first `used_` are this step's, and the next is written in place before it counts;
   // likewise the owners, one for each stream of each run. What follows is left from the last step: it
   // says what to fetch ahead, and whether anything moved.
   std::vector<Run> runs_;
   std::vector<Owner> owners_;
-  std::size_t used_ = 0, owners_used_ = 0, reserved_ = 0;
+  std::vector<c10::TensorImpl*> written_;
+  std::size_t used_ = 0, owners_used_ = 0, written_used_ = 0, reserved_ = 0;
   std::vector<Span> spans_;
   std::vector<Row> rows_;
   std::deque<Layout> layouts_;  // a deque: spans point into it while it grows
@@ -92,9 +94,9 @@ class Plan {
   std::int64_t bytes_ = 0;
   const std::uint64_t plain_keys_ = plain_keys();
 
-  bool moved_ = true;  // a stream lies elsewhere than at the last step
+  bool moved_ = true;  // a run is another than at the last step
   bool ordered_ = false;
-  std::size_t ordered_for_ = 0;
+  std::size_t ordered_for_ = 0;  // so many runs
   std::vector<Range> writes_, reads_;
 
   bool retaining_ = false;

@@ -18,6 +18,12 @@ struct Hyper {
   Kind kind = kNumber;
 };
 
+// What a new state is laid out like in memory: stock makes each from some tensor, and states are stock's.
+enum class StateLike {
+  kGrad,          // a copy of the gradient
+  kGradAndParam,  // of their sum
+};
+
 inline constexpr int kMaxHypers = 12;
 inline constexpr int kMaxStates = 4;
 inline constexpr int kMaxStructures = 4;
@@ -27,7 +33,7 @@ inline constexpr std::size_t kScalarBytes = 96;
 // does to a gradient before the rule sees it. Parameters of one group at the same step share a row.
 struct Row {
   alignas(double) unsigned char scalars[kScalarBytes];
-  double inverse_scale = 1;  // of a gradient scaler; the unscaled gradient is written back
+  double grad_scale = 1;  // of a gradient scaler; the gradient divided by it is written back
   bool unscale = false;
   bool maximize = false;
 };
@@ -42,6 +48,7 @@ struct Rule {
   // The structure that these hyper-parameters ask for, and how many of `states` it has.
   int (*structure)(const double* hypers);
   int (*state_count)(int structure);
+  StateLike (*state_like)(const double* hypers);
   // Computes the scalars of a parameter's first or a later step into `row`.
   void (*scalars)(const double* hypers, bool first, Row& row);
 };

@@ -82,10 +82,11 @@ bool check_kinds(const Place& place, const Rule& rule, const Subject& subject, b
                 " has a grad of shape ", subject.tensor[kGrad]->sizes(), " but ", name(),
                 " has shape ", tensor.sizes(),
                 ", to which that does not broadcast. Was the parameter's data swapped?");
-    const auto dtype = c10::typeMetaToScalarType(tensor.dtype());
-    TORCH_CHECK(at::isFloatingType(dtype) || at::isComplexType(dtype), at_place(place), ": ", name(),
-                " has dtype ", c10::toString(dtype),
-                ", which holds no fractions. Is the checkpoint corrupt?");
+    const auto of_param = c10::typeMetaToScalarType(param.dtype());
+    const auto of_state = c10::typeMetaToScalarType(tensor.dtype());
+    TORCH_CHECK(at::isFloatingType(of_state) || !at::isFloatingType(of_param), at_place(place),
+                " has dtype ", of_param, " but ", name(), " has dtype ", of_state,
+                ", whose result can't be cast to it. Is the checkpoint corrupt?");
   }
   return takes;
 }

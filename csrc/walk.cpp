@@ -1,10 +1,12 @@
 #include "walk.h"
 
 #include <ATen/record_function.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "prefetch.h"
 #include "rules/table.h"
 
 namespace fastsgd {
@@ -14,6 +16,16 @@ const at::Tensor& tensor_of(PyObject* object) { return THPVariable_Unpack(object
 
 // A Tensor or a Parameter, and no subclass: one that could mean something else by its data.
 bool exact_tensor(PyObject* object) { return THPVariable_CheckExact(object); }
+
+// The Python object of a tensor that C++ holds; null where it has none. Torch 2.11 called it otherwise.
+template <class Slot>
+PyObject* object_in(const Slot& slot) {
+  if constexpr (requires { slot.load_pyobj(); }) {
+    return slot.load_pyobj();
+  } else {
+    return slot.check_pyobj().value_or(nullptr);
+  }
+}
 
 PyObject* checked(PyObject* object) {
   if (object == nullptr) throw python_error();
@@ -61,6 +73,17 @@ bool read_scalar_tensor(PyObject* object, double& value) {
   return true;
 }
 
+// Refuses what stock's arithmetic would refuse halfway.
+void check_option(std::size_t group, const char* name, PyObject* option) {
+  if (THPVariable_Check(option)) {
+    TORCH_CHECK_VALUE(tensor_of(option).numel() == 1, "param_groups[", group, "]['", name,
+                      "']: Tensor ", name, " must be 1-element");
+  } else {
+    TORCH_CHECK_TYPE(PyNumber_Check(option), "param_groups[", group, "]['", name,
+                     "'] must be a number, not ", Py_TYPE(option)->tp_name);
+  }
+}
+
 // The global hooks: dictionaries that torch changes in place.
 bool any_global_hook() {
   static PyObject* const hooks[] = {
@@ -74,6 +97,30 @@ bool any_global_hook() {
 // Whether a parameter that is no plain tensor has a gradient.
 bool has_grad(PyObject* param) {
   return Ref::steal(checked(PyObject_GetAttrString(param, "grad"))).get() != Py_None;
+}
+
+// The gradient of a plain tensor; null where it has none.
+at::Tensor* grad_of(PyObject* param) {
+  const at::Tensor& grad = tensor_of(param).unsafeGetTensorImpl()->grad();
+  return grad.defined() ? const_cast<at::Tensor*>(&grad) : nullptr;
+}
+
+// Gradients are new at each iteration, so they are found ahead of time as well as fetched: first the
+// gradient of a parameter some way off, then the storage of one that is nearer.
+void fetch_grads_ahead(PyObject* params, Py_ssize_t i) {
+  const auto grad_at = [&](Py_ssize_t at) -> at::Tensor* {
+    if (at >= PySequence_Fast_GET_SIZE(params)) return nullptr;
+    PyObject* param = PySequence_Fast_GET_ITEM(params, at);
+    return exact_tensor(param) ? grad_of(param) : nullptr;
+  };
+  const auto ahead = static_cast<Py_ssize_t>(kAhead);
+  if (const at::Tensor* far = grad_at(i + 2 * ahead)) {
+    prefetch<sizeof(c10::TensorImpl)>(far->unsafeGetTensorImpl());
+  }
+  if (const at::Tensor* near = grad_at(i + ahead)) {
+    prefetch<sizeof(c10::StorageImpl)>(
+        near->unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
+  }
 }
 
 // Marks the walker busy for as long as it works on a step.
@@ -134,8 +181,11 @@ void Walker::read_group(PyObject* dict, std::size_t number, Group& group) {
   group.readable = true;
   for (int i = 0; i < rule_.hyper_count; ++i) {
     const std::size_t at = static_cast<std::size_t>(i);
-    group.readable &= read_number(value_of(hyper_keys_[at], dict), rule_.hypers[i].kind,
-                                  memory.seen[at], group.hypers[i]);
+    PyObject* option = value_of(hyper_keys_[at], dict);
+    if (read_number(option, rule_.hypers[i].kind, memory.seen[at], group.hypers[i])) continue;
+    group.readable = false;
+    check_option(number, rule_.hypers[i].name, option);
+    group.is_complex |= PyComplex_Check(option);
   }
   group.maximize = truth(value_of(maximize_, dict));
   if (!group.readable) return;
@@ -152,10 +202,8 @@ bool Walker::read_scaling(PyObject* attributes, bool& skip) {
     skip = found != 0;
   }
   if (PyObject* grad_scale = optional_value_of(grad_scale_, attributes)) {
-    double scale;
-    if (!read_scalar_tensor(grad_scale, scale)) return false;
+    if (!read_scalar_tensor(grad_scale, scale_)) return false;
     unscale_ = true;
-    inverse_scale_ = static_cast<float>(1 / scale);  // as GradScaler.unscale_ rounds it
   }
   return true;
 }
@@ -163,24 +211,28 @@ bool Walker::read_scaling(PyObject* attributes, bool& skip) {
 const Update& Walker::make_update(Group& group, bool first) {
   Row row;
   rule_.scalars(group.hypers, first, row);
-  row.inverse_scale = inverse_scale_;
+  row.grad_scale = scale_;
   row.unscale = unscale_;
   row.maximize = group.maximize;
   Update& update = group.update[first ? 1 : 0];
-  update = {&rule_, kernels().step[rule_number_][group.structure], plan_.add_row(row), unscale_};
+  update = {&rule_, kernels().step[rule_number_][group.structure], plan_.add_row(row), unscale_,
+            rule_.state_like(group.hypers)};
   return update;
 }
 
 // --- the step -----------------------------------------------------------------------------------
 
-bool Walker::plan_param(const Place& place, Group& group, PyObject* param, Path& path) {
+bool Walker::plan_param(const Place& place, Group& group, PyObject* param, Py_ssize_t& position) {
   c10::TensorImpl* tensor = tensor_of(param).unsafeGetTensorImpl();
   const at::Tensor& grad = tensor->grad();
-  path.count = 0;
-  path.note(param);
-  path.note(&grad);
   if (!grad.defined()) return true;
-  if (!group.readable) return false;
+  if (!group.readable) {
+    TORCH_CHECK(!group.is_complex || tensor_of(param).is_complex(), at_place(place),
+                ": For non-complex input tensors, argument alpha must not be a complex number.");
+    return false;
+  }
+  PyObject* grad_object = object_in(*grad.unsafeGetTensorImpl()->pyobj_slot());
+  if (grad_object != nullptr && !exact_tensor(grad_object)) return false;
   Subject subject;
   subject.tensor[kParam] = tensor;
   subject.tensor[kGrad] = grad.unsafeGetTensorImpl();
@@ -188,12 +240,8 @@ bool Walker::plan_param(const Place& place, Group& group, PyObject* param, Path&
   if (group.states == 0) return plan_.add(update_of(group, false), place, subject, nullptr);
 
   bool first = false;
-  PyObject* states = states_.at(param, path.position);
-  if (states != nullptr) {
-    if (!PyDict_Check(states)) return false;
-    path.note(states);
-    path.note(reinterpret_cast<PyDictObject*>(states)->ma_keys);
-  }
+  PyObject* states = states_.at(param, position);
+  if (states != nullptr && !PyDict_Check(states)) return false;
   for (int i = 0; i < group.states; ++i) {
     c10::TensorImpl*& entry = subject.tensor[kState + i];
     DictKey& key = state_keys_[static_cast<std::size_t>(i)];
@@ -209,7 +257,6 @@ bool Walker::plan_param(const Place& place, Group& group, PyObject* param, Path&
                        Py_TYPE(state)->tp_name, ". Is the checkpoint corrupt?");
       return false;
     }
-    path.note(state);
     entry = tensor_of(state).unsafeGetTensorImpl();
   }
   const Update& update = update_of(group, first);
@@ -249,9 +296,8 @@ bool Walker::step(PyObject* optimizer) {
     read_group(dict, static_cast<std::size_t>(g), group);
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++number) {
       PyObject* param = PyList_GET_ITEM(params, i);
-      if (number == paths_.size()) paths_.emplace_back();
-      if (number + kAhead < paths_.size()) paths_[number + kAhead].fetch();
-      const bool taken = exact_tensor(param) ? plan_param({g, i}, group, param, paths_[number])
+      if (number == positions_.size()) positions_.push_back(0);
+      const bool taken = exact_tensor(param) ? plan_param({g, i}, group, param, positions_[number])
                                              : !has_grad(param);
       if (taken) continue;
       routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
@@ -322,36 +368,38 @@ void Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& 
   const Busy guard(busy);
   zero_plan_.begin();
   PyObject* groups = value_of(param_groups_, attributes_of(optimizer));
-  TORCH_CHECK_TYPE(PyList_Check(groups), "param_groups must be a list, not ", Py_TYPE(groups)->tp_name);
+  TORCH_CHECK_TYPE(PyList_Check(groups), "param_groups must be a list, not ",
+                   Py_TYPE(groups)->tp_name);
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
     const Ref params = Ref::steal(checked(PySequence_Fast(
         value_of(params_, PyList_GET_ITEM(groups, g)), "a group's params must be a sequence")));
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params.get()); ++i) {
+      fetch_grads_ahead(params.get(), i);
       PyObject* param = PySequence_Fast_GET_ITEM(params.get(), i);
       if (!exact_tensor(param)) {
         others.push_back(Ref::borrow(param));
-        continue;
+      } else if (at::Tensor* grad = grad_of(param)) {
+        set_to_none ? grad->reset() : zero(*grad);
       }
-      c10::TensorImpl* tensor = tensor_of(param).unsafeGetTensorImpl();
-      if (!tensor->grad().defined()) continue;
-      if (set_to_none) {
-        tensor->mutable_grad().reset();
-        continue;
-      }
-      at::Tensor& grad = tensor->mutable_grad();
-      if (grad.requires_grad()) {
-        if (grad.grad_fn() != nullptr) {
-          grad.detach_();
-        } else {
-          grad.set_requires_grad(false);
-        }
-      }
-      if (!c10::impl::TorchDispatchModeTLS::any_modes_set() && zero_plan_.add_zero(grad)) continue;
-      zero_plan_.retain();  // a dispatched operator may run Python code
-      grad.zero_();
     }
   }
   zero_plan_.run(false);
+}
+
+void Walker::zero(at::Tensor& grad) {
+  TORCH_CHECK(!grad.is_inference() || c10::InferenceMode::is_enabled(),
+              "Inplace update to inference tensor outside InferenceMode is not allowed: a grad made "
+              "in inference mode cannot be zeroed. Set it to None instead.");
+  if (grad.requires_grad()) {
+    if (grad.grad_fn() != nullptr) {
+      grad.detach_();
+    } else {
+      grad.set_requires_grad(false);
+    }
+  }
+  if (!c10::impl::TorchDispatchModeTLS::any_modes_set() && zero_plan_.add_zero(grad)) return;
+  zero_plan_.retain();  // a dispatched operator may run Python code
+  grad.zero_();
 }
 
 }  // namespace fastsgd

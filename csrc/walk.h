@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "plan.h"
-#include "prefetch.h"
 #include "pydict.h"
 
 namespace fastsgd {
@@ -44,22 +43,12 @@ class Walker {
   struct GroupMemory {
     std::vector<Seen> seen;
   };
-  // What was met on the way to one parameter's tensors at the last step: where its states were found,
-  // and what to fetch ahead of meeting it again.
-  struct Path {
-    Py_ssize_t position = 0;
-    const void* objects[4 + kMaxStates];
-    int count = 0;
-    void note(const void* object) { objects[count++] = object; }
-    void fetch() const {
-      for (int i = 0; i < count; ++i) prefetch(objects[i]);
-    }
-  };
   // The options of one group at this step, and its rows of scalars so far.
   struct Group {
     double hypers[kMaxHypers];
     bool maximize = false;
     bool readable = false;  // false: an option only stock can interpret
+    bool is_complex = false;
     int structure = 0, states = 0;
     Update update[2];  // of parameters at a later and at their first step
   };
@@ -74,7 +63,8 @@ class Walker {
   void read_group(PyObject* dict, std::size_t number, Group& group);
   bool read_number(PyObject* object, Hyper::Kind kind, Seen& seen, double& value);
   bool read_scaling(PyObject* attributes, bool& skip);
-  bool plan_param(const Place& place, Group& group, PyObject* param, Path& path);
+  bool plan_param(const Place& place, Group& group, PyObject* param, Py_ssize_t& position);
+  void zero(at::Tensor& grad);
   const Update& update_of(Group& group, bool first) {
     const Update& update = group.update[first ? 1 : 0];
     return update.row >= 0 ? update : make_update(group, first);
@@ -94,10 +84,10 @@ class Walker {
       post_hooks_{"_optimizer_step_post_hooks"};
   std::vector<DictKey> hyper_keys_, state_keys_;
   std::vector<GroupMemory> groups_;
-  std::vector<Path> paths_;  // one for each parameter
+  std::vector<Py_ssize_t> positions_;  // for each parameter, where its states were in the state dict
   IdentityMap states_;
   std::vector<Creation> creations_;
-  double inverse_scale_ = 1;
+  double scale_ = 1;
   bool unscale_ = false;
 };
 

@@ -13,7 +13,7 @@ namespace {
 // What the engine does to a gradient between loading it and the rule.
 template <class L>
 struct Gradient {
-  L inverse_scale;
+  L scale;
   bool unscale, maximize;
 };
 
@@ -24,7 +24,7 @@ FASTSGD_LANE void advance(const typename R::template Scalars<L>& scalars, const 
   constexpr int kStates = R::state_count(kStructure);
   L p = load<L>(param), g = load<L>(grad), s[kStates + 1];
   for (int i = 0; i < kStates; ++i) s[i] = load<L>(state[i]);
-  if (gradient.unscale) store(grad, g = g * gradient.inverse_scale);
+  if (gradient.unscale) store(grad, g = g / gradient.scale);
   if (gradient.maximize) g = -g;
   R::template update<kStructure>(scalars, p, g, s);
   for (int i = 0; i < kStates; ++i) store(state[i], s[i]);
@@ -43,8 +43,8 @@ void step(const Row& row, const Run* run, std::int64_t runs) {
   __builtin_memcpy(&exact, row.scalars, sizeof(exact));
   const auto scalars = exact.each([](double x) { return static_cast<Scalar>(x); });
   const auto wide = scalars.each([](Scalar x) { return broadcast<Register>(x); });
-  const Gradient<Scalar> gradient{static_cast<Scalar>(row.inverse_scale), row.unscale, row.maximize};
-  const Gradient<Register> wide_gradient{broadcast<Register>(gradient.inverse_scale), row.unscale,
+  const Gradient<Scalar> gradient{static_cast<Scalar>(row.grad_scale), row.unscale, row.maximize};
+  const Gradient<Register> wide_gradient{broadcast<Register>(gradient.scale), row.unscale,
                                          row.maximize};
 
   for (const Run* end = run + runs; run != end; ++run) {

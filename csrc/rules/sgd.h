@@ -28,6 +28,9 @@ struct Sgd {
   static constexpr const char* kStates[] = {"momentum_buffer"};
   static int structure(const double* h) { return h[kMomentum] != 0 ? kBuffered : kPlain; }
   static constexpr int state_count(int structure) { return structure == kBuffered ? 1 : 0; }
+  static StateLike state_like(const double* h) {
+    return h[kWeightDecay] != 0 ? StateLike::kGradAndParam : StateLike::kGrad;
+  }
 
   template <class L>
   struct Scalars {

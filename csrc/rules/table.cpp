@@ -26,6 +26,7 @@ constexpr Rule describe() {
           .max_states = static_cast<int>(std::size(R::kStates)),
           .structure = R::structure,
           .state_count = R::state_count,
+          .state_like = R::state_like,
           .scalars = write_scalars<R>};
 }
 

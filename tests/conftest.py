@@ -1,0 +1,32 @@
+"""Fixtures of every test: a seed, and torch's global settings put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import OPTIMIZERS, Row, devices
+
+
+@pytest.fixture(autouse=True)
+def settings() -> Iterator[None]:
+    """Seed before a test; after it put back threads, default dtype and grad mode."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    assert torch.is_grad_enabled(), "the test or a step left gradients switched off"
+
+
+@pytest.fixture(params=OPTIMIZERS, ids=repr)
+def row(request: pytest.FixtureRequest) -> Row:
+    """Every optimizer."""
+    return request.param
+
+
+@pytest.fixture(params=devices)
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device."""
+    return request.param

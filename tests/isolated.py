@@ -1,0 +1,31 @@
+"""Run a piece of Python in an interpreter of its own, where a crash or a hang harms nobody."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+
+def run(code: str, *, timeout: float = 120, env: dict[str, str] | None = None) -> str:
+    """Run ``code``, with the tests' modules importable; return what it printed.
+
+    Raises:
+        AssertionError: It failed, crashed or took longer than ``timeout`` seconds.
+    """
+    paths = [str(Path(__file__).parent), *(p or os.getcwd() for p in sys.path)]
+    surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(env or {})}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    try:
+        done = subprocess.run(
+            command, env=surroundings, timeout=timeout, capture_output=True, text=True, check=False
+        )
+    except subprocess.TimeoutExpired as hang:
+        raise AssertionError(f"did not end within {timeout} s: {hang.stdout!r}") from hang
+    if done.returncode:
+        raise AssertionError(
+            f"ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        )
+    return done.stdout

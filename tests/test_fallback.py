@@ -1,0 +1,646 @@
+"""What the fast path does not take goes through stock's single-tensor path and gets its result."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import isolated
+import pytest
+import torch
+from cases import EXACT, ORDINARY_SHAPES, Row
+from oracle import all_params, assert_equal
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from twins import Twins, check_state, parameters, random_grad
+
+FLAGS: list[dict[str, Any]] = [{}, {"fused": True}, {"foreach": True}]
+MOMENTUM = {"lr": 0.1, "momentum": 0.9}
+
+
+def sparse_grad(p: Tensor, coalesced: bool = True) -> Tensor:
+    """Return a sparse grad over a few rows of ``p``, one of them named twice."""
+    index = torch.tensor([[0, 2, p.shape[0] - 1, 0]])
+    values = random_grad(torch.empty(4, *p.shape[1:], dtype=p.dtype))
+    grad = torch.sparse_coo_tensor(index, values, p.shape, check_invariants=False)
+    return grad.coalesce() if coalesced else grad
+
+
+# Sparse grads.
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("coalesced", [False, True])
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+def test_sparse_grads(row: Row, dtype: torch.dtype, coalesced: bool, flags: Any) -> None:
+    """Sparse grads among dense ones, with every option that stock takes with them."""
+    options = [row.plain, MOMENTUM, {**MOMENTUM, "nesterov": True}, {"lr": 0.1, "maximize": True}]
+    for chosen in options:
+        twins = Twins(row, parameters((9, 5), (70,), (33, 17), dtype=dtype), **chosen, **flags)
+        for _ in range(3):
+            twins.grads()
+            twins.each(lambda o: give_sparse(o, coalesced))
+            twins.step()
+            for p, q in twins.pairs():
+                assert_equal(p.detach(), q.detach())
+                if q in twins.stock.state:
+                    mine = {k: v.to_dense() for k, v in twins.ours.state[p].items()}
+                    theirs = {k: v.to_dense() for k, v in twins.stock.state[q].items()}
+                    check_state(mine, theirs)
+
+
+def give_sparse(optimizer: torch.optim.Optimizer, coalesced: bool) -> None:
+    """Make the grad of the last parameter sparse."""
+    p = all_params(optimizer)[-1]
+    p.grad = sparse_grad(p, coalesced)
+
+
+def test_sparse_then_dense(row: Row) -> None:
+    """A parameter whose grads turn sparse and dense again."""
+    twins = Twins(row, parameters((9, 5), (33, 17)), **row.plain)
+    for step in range(5):
+        twins.grads()
+        if step % 2:
+            twins.each(lambda o: give_sparse(o, True))
+        twins.step()
+        for p, q in twins.pairs():
+            assert_equal(p.detach(), q.detach())
+
+
+def test_embedding(row: Row) -> None:
+    """``nn.Embedding(sparse=True)`` in a model with dense layers, through autograd."""
+    nets: list[nn.Module] = []
+
+    def build() -> list[Tensor]:
+        nets.append(nn.Sequential(nn.Embedding(50, 17, sparse=True), nn.Linear(17, 3)))
+        return list(nets[-1].parameters())
+
+    twins = Twins(row, build, **MOMENTUM)
+    for step in range(5):
+        for net, optimizer in zip(nets, twins.sides, strict=True):
+            optimizer.zero_grad()
+            net(torch.tensor([1, 2, 2, step])).square().sum().backward()
+            optimizer.step()
+    for p, q in twins.pairs():
+        assert_equal(p.detach(), q.detach())
+
+
+# Complex.
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex(row: Row, dtype: torch.dtype) -> None:
+    """Complex parameters, beside real ones, with lazily conjugated grads."""
+
+    def build() -> list[Tensor]:
+        return [Parameter(torch.randn(33, 5, dtype=dtype)), *parameters(*ORDINARY_SHAPES)()]
+
+    for options in (row.plain, row.rich, {**row.rich, "maximize": True}):
+        twins = Twins(row, build, **options)
+        for _ in range(3):
+
+            def give(optimizer: Any) -> None:
+                for p in all_params(optimizer):
+                    p.grad = torch.randn_like(p).conj()
+
+            twins.each(give)
+            twins.step()
+            twins.check()
+
+
+def test_conjugated_parameter(row: Row) -> None:
+    """A parameter that is a lazy conjugate; its imaginary part is a lazily negated real one."""
+
+    def build() -> list[Tensor]:
+        z = torch.randn(70, dtype=torch.complex64).conj()
+        return [z.detach().requires_grad_(), z.imag.detach().requires_grad_()]
+
+    twins = Twins(row, build, **row.rich)
+    assert all_params(twins.ours)[0].is_conj() and all_params(twins.ours)[1].is_neg()
+    for _ in range(3):
+
+        def give(optimizer: Any) -> None:
+            for p in all_params(optimizer):
+                p.grad = torch.randn(p.shape, dtype=p.dtype)
+
+        twins.each(give)
+        twins.step()
+        twins.check()
+
+
+def test_negated_parameter_and_state(row: Row) -> None:
+    """Lazily negated parameters and states."""
+    twins = Twins(row, lambda: [Parameter(torch._neg_view(torch.randn(131)))], **row.rich)
+    for _ in range(3):
+
+        def give(optimizer: Any) -> None:
+            for p in all_params(optimizer):
+                p.grad = torch.randn(131)
+                for key, value in optimizer.state[p].items() if p in optimizer.state else ():
+                    optimizer.state[p][key] = torch._neg_view(-value.clone().neg().neg())
+
+        twins.each(give)
+        twins.step()
+        for p, q in twins.pairs():
+            assert_equal(p.detach(), q.detach())
+            for name in row.states:
+                assert_equal(twins.ours.state[p][name], twins.stock.state[q][name])
+
+
+def test_zero_tensor_grad(row: Row) -> None:
+    """A grad that has no memory because it is all zeros."""
+    twins = Twins(row, parameters((131,), (5,)), **row.rich)
+    for _ in range(3):
+        twins.grads()
+        for optimizer in twins.sides:
+            all_params(optimizer)[0].grad = torch._efficientzerotensor(131)
+        twins.step()
+        for p, q in twins.pairs():
+            assert_equal(p.detach(), q.detach())
+
+
+# differentiable.
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_differentiable(row: Row, tensor_lr: bool) -> None:
+    """``differentiable=True``: the gradient of the stepped parameters is stock's."""
+    results = []
+    for cls in (row.ours, row.stock):
+        torch.manual_seed(1)
+        weight = torch.randn(33, dtype=torch.float64, requires_grad=True)
+        rate = torch.tensor(0.1, requires_grad=True)
+        p = weight.clone()
+        q = torch.randn(5, dtype=torch.float64, requires_grad=True).clone()
+        # Stock's own states are written in place after autograd saved them for a tensor lr.
+        options = {**row.plain, "lr": rate} if tensor_lr else row.rich
+        optimizer = cls([p, q], **options, differentiable=True)
+        for _ in range(3):
+            now = p.clone()  # the step writes into p, which autograd must not have saved
+            p.grad, q.grad = now * now + weight, q * 2
+            optimizer.step()
+        p.square().sum().backward()
+        results.append([weight.grad, rate.grad if tensor_lr else None, p.detach(), q.detach()])
+    mine, theirs = ([t for t in result if t is not None] for result in results)
+    assert_equal(mine, theirs)
+    assert mine[0].abs().min() > 0
+
+
+def test_weight_decay_that_requires_grad(row: Row) -> None:
+    """Stock writes into the grads then; so do we."""
+    if row.name != "SGD":
+        pytest.skip("SGD takes a tensor weight_decay")
+    for requires_grad in (False, True):
+        decay = torch.tensor(0.1, requires_grad=requires_grad)
+        twins = Twins(row, parameters(*ORDINARY_SHAPES), lr=0.1, momentum=0.9, weight_decay=decay)
+        for _ in range(3):
+            twins.grads()
+            twins.step()
+            twins.check()
+
+
+def test_differentiable_flag_in_the_group(row: Row) -> None:
+    """A checkpoint of a differentiable optimizer, loaded into an ordinary one."""
+    twins = Twins(row, parameters(*ORDINARY_SHAPES), **row.rich)
+    for optimizer in twins.sides:
+        optimizer.param_groups[0]["differentiable"] = True
+    twins.run(3)
+
+
+# Tensor subclasses.
+
+
+class Logged(torch.Tensor):
+    """A subclass that notes which functions are called on it."""
+
+    calls: list[str] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the call."""
+        cls.calls.append(getattr(func, "__name__", str(func)))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Quiet(Parameter):
+    """A subclass of Parameter that changes nothing."""
+
+
+def test_subclass_with_torch_function(row: Row) -> None:
+    """The functions of an unknown subclass are called as stock calls them."""
+    twins = Twins(
+        row,
+        lambda: [torch.randn(131).as_subclass(Logged).requires_grad_(), *parameters((70,))()],
+        **row.rich,
+    )
+    for _ in range(2):
+        twins.grads(lambda p: torch.randn(p.shape))
+        logs = []
+        for optimizer in twins.sides:
+            Logged.calls = []
+            optimizer.step()
+            logs.append([c for c in Logged.calls if c.endswith("_") and not c.endswith("__")])
+        assert logs[0] == logs[1] and "add_" in logs[0]
+        for p, q in twins.pairs():
+            assert_equal(p.detach().as_subclass(torch.Tensor), q.detach().as_subclass(torch.Tensor))
+
+
+def test_grad_of_a_subclass(row: Row) -> None:
+    """An ordinary parameter with a grad of an unknown subclass."""
+    twins = Twins(row, parameters((131,), (70,)), **row.rich)
+    for _ in range(2):
+        twins.grads()
+        for optimizer in twins.sides:
+            p = all_params(optimizer)[0]
+            p.grad = p.grad.as_subclass(Logged)
+        twins.step()
+        for p, q in twins.pairs():
+            assert_equal(p.detach(), q.detach())
+            for name in row.states:
+                mine, theirs = twins.ours.state[p][name], twins.stock.state[q][name]
+                assert type(mine) is type(theirs)
+                assert_equal(mine.as_subclass(torch.Tensor), theirs.as_subclass(torch.Tensor))
+
+
+def test_subclass_of_parameter(row: Row) -> None:
+    """A subclass of Parameter without functions of its own."""
+    twins = Twins(row, lambda: [Quiet(torch.randn(131)), *parameters((70,))()], **row.rich)
+    twins.run(3)
+
+
+def test_wrapper_subclass(row: Row) -> None:
+    """A subclass that holds other tensors and has no memory itself."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    def build() -> list[Tensor]:
+        pair = TwoTensor(torch.randn(33, 5), torch.randn(33, 5))
+        return [Parameter(pair), *parameters((70,))()]
+
+    for options in (row.plain, row.rich):
+        twins = Twins(row, build, **options)
+        for _ in range(3):
+
+            def give(optimizer: Any) -> None:
+                p, q = all_params(optimizer)
+                p.grad = TwoTensor(torch.randn(33, 5), torch.randn(33, 5))
+                q.grad = torch.randn(70)
+
+            twins.each(give)
+            twins.step()
+            (p, r), (q, s) = (all_params(o) for o in twins.sides)
+            assert_equal([p.a.detach(), p.b.detach()], [q.a.detach(), q.b.detach()])
+            assert_equal(r.detach(), s.detach())
+
+
+def test_lazy_module(row: Row) -> None:
+    """Uninitialized parameters, materialized after the optimizer was made."""
+    finals = []
+    for cls in (row.ours, row.stock):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.LazyLinear(17), nn.LazyLinear(3))
+        optimizer = cls(net.parameters(), **row.rich)
+        optimizer.step()
+        optimizer.zero_grad()
+        for _ in range(3):
+            net(torch.ones(2, 5)).square().sum().backward()
+            optimizer.step()
+        finals.append([p.detach() for p in net.parameters()])
+    assert_equal(*finals)
+
+
+def test_masked_and_parametrized(row: Row) -> None:
+    """Parametrizations (weight norm) give ordinary leaves: nothing special, but much used."""
+    finals = []
+    for cls in (row.ours, row.stock):
+        torch.manual_seed(0)
+        net = nn.utils.parametrizations.weight_norm(nn.Linear(17, 5))
+        optimizer = cls(net.parameters(), **row.rich)
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(torch.ones(2, 17)).square().sum().backward()
+            optimizer.step()
+        finals.append([p.detach() for p in net.parameters()])
+    assert_equal(*finals)
+
+
+# Tensors without memory, and modes.
+
+
+def test_meta(row: Row) -> None:
+    """Parameters on the meta device step to nothing, and get states on meta."""
+    p = Parameter(torch.empty(33, 5, device="meta"))
+    real = Parameter(torch.ones(70))
+    p.grad, real.grad = torch.empty(33, 5, device="meta"), torch.ones(70)
+    optimizer = row.ours([p, real], **row.rich)
+    optimizer.step()
+    optimizer.step()
+    for name in row.states:
+        assert optimizer.state[p][name].is_meta
+        assert not optimizer.state[real][name].is_meta
+    assert not torch.equal(real, torch.ones(70))
+
+
+def test_fake_tensors(row: Row) -> None:
+    """Under FakeTensorMode nothing real is read or written."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with FakeTensorMode():
+        net = nn.Linear(33, 5)
+        optimizer = row.ours(net.parameters(), **row.rich)
+        for _ in range(2):
+            optimizer.zero_grad()
+            net(torch.randn(3, 33)).sum().backward()
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    for name in row.states:
+        assert isinstance(optimizer.state[net.weight][name], FakeTensor)
+
+
+def test_fake_parameters_outside_of_their_mode(row: Row) -> None:
+    """Fake parameters stepped after the mode was left."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        p = Parameter(torch.empty(70))
+        p.grad = torch.empty(70)
+    optimizer = row.ours([p], **row.rich)
+    optimizer.step()
+    optimizer.step()
+    assert optimizer.state[p][row.states[0]].fake_mode is mode
+
+
+class Counting(TorchDispatchMode):
+    """Count operators."""
+
+    def __init__(self) -> None:
+        """Start at none."""
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count and go on."""
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_under_a_dispatch_mode(row: Row) -> None:
+    """A user's mode around the step does not change the result."""
+    twins = Twins(row, parameters(*ORDINARY_SHAPES), **row.rich)
+    for _ in range(3):
+        twins.grads()
+        with Counting():
+            twins.step()
+        twins.check()
+
+
+def test_distributed_tensor(row: Row) -> None:
+    """DTensor parameters: stock's operators do the work."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch was built without distributed")
+    isolated.run(
+        """
+        import torch, torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import distribute_tensor, Shard
+        from cases import OPTIMIZERS
+        from oracle import assert_equal
+
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        mesh = init_device_mesh("cpu", (1,))
+        for row in OPTIMIZERS:
+            finals = []
+            for cls, more in ((row.ours, {}), (row.stock, {"foreach": False})):
+                torch.manual_seed(0)
+                p = torch.nn.Parameter(distribute_tensor(torch.randn(40, 5), mesh, [Shard(0)]))
+                q = torch.nn.Parameter(torch.randn(70))
+                optimizer = cls([p, q], **row.rich, **more)
+                for _ in range(3):
+                    p.grad = distribute_tensor(torch.randn(40, 5), mesh, [Shard(0)])
+                    q.grad = torch.randn(70)
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=False)
+                finals.append([p.detach().to_local(), q.detach()])
+            assert_equal(*finals)
+        dist.destroy_process_group()
+        print("done")
+        """
+    )
+
+
+# torch.compile.
+
+
+@pytest.fixture
+def dynamo() -> Any:
+    """Compile from a clean slate."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield torch._dynamo
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_compiled_step(row: Row, dynamo: Any, backend: str, flags: Any) -> None:
+    """A compiled function that calls ``step``: the numbers of stock compiled in the same way."""
+    for options in (row.plain, row.rich):
+        twins = Twins(row, parameters(*ORDINARY_SHAPES), **options, **flags)
+        compiled = [torch.compile(lambda o=o: o.step(), backend=backend) for o in twins.sides]
+        for _ in range(3):
+            twins.grads()
+            for step in compiled:
+                step()
+            for p, q in twins.pairs():
+                assert_equal(p.detach(), q.detach())
+        assert [g.get("fused") for g in twins.ours.param_groups] == [flags.get("fused")]
+        assert [g.get("foreach") for g in twins.ours.param_groups] == [flags.get("foreach")]
+        twins.run(2)  # and on without compilation
+
+
+def test_compiled_step_in_bfloat16(row: Row, dynamo: Any) -> None:
+    """With ``fused=True`` every element moves (stock moves none of the whole registers)."""
+    p = Parameter(torch.ones(64, dtype=torch.bfloat16))
+    p.grad = torch.full_like(p, 2.0)
+    optimizer = row.ours([p], **row.plain, fused=True)
+    torch.compile(lambda: optimizer.step(), backend="eager")()
+    assert bool((p != 1).all())
+
+
+def test_compiled_training_step(row: Row, dynamo: Any) -> None:
+    """Forward, backward, step and zero_grad in one compiled function."""
+    finals = []
+    for cls, more in ((row.ours, {}), (row.stock, {"foreach": False})):
+        torch.manual_seed(0)
+        net = nn.Linear(33, 17)
+        optimizer = cls(net.parameters(), **row.rich, **more)
+
+        def train(x: Tensor, net: Any = net, optimizer: Any = optimizer) -> None:
+            loss = net(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        compiled = torch.compile(train, backend="eager")
+        for step in range(4):
+            torch.manual_seed(step)
+            compiled(torch.randn(5, 33))
+        finals.append([p.detach() for p in net.parameters()])
+    assert_equal(*finals)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_unwrapped_step_traces_as_one_graph(row: Row, dynamo: Any, backend: str) -> None:
+    """``step.__wrapped__.__wrapped__`` traces with ``fullgraph=True``, as stock's does."""
+    twins = Twins(row, parameters(*ORDINARY_SHAPES), **row.rich)
+    compiled = []
+    for optimizer in twins.sides:
+        step = optimizer.step.__wrapped__.__wrapped__
+
+        @torch.compile(backend=backend, fullgraph=True)
+        def traced(step: Any = step, optimizer: Any = optimizer) -> None:
+            with torch.no_grad():
+                step(optimizer)
+
+        compiled.append(traced)
+    for _ in range(3):
+        twins.grads()
+        for traced in compiled:
+            traced()
+        for p, q in twins.pairs():
+            assert_equal(p.detach(), q.detach())
+
+
+def test_wrapped_steps_run_eagerly_too(row: Row) -> None:
+    """The unwrapped functions step when called."""
+    twins = Twins(row, parameters(*ORDINARY_SHAPES), **row.rich)
+    for unwrap in (lambda s: s.__wrapped__, lambda s: s.__wrapped__.__wrapped__):
+        twins.grads()
+        for optimizer in twins.sides:
+            with torch.no_grad():
+                unwrap(type(optimizer).step)(optimizer)
+        twins.check()
+
+
+@pytest.mark.slow
+def test_inductor(row: Row, dynamo: Any) -> None:
+    """The default backend."""
+    if os.system("c++ --version > /dev/null") != 0:
+        pytest.skip("no compiler")
+    twins = Twins(row, parameters((33, 17), (70,)), **row.rich)
+    compiled = [torch.compile(lambda o=o: o.step()) for o in twins.sides]
+    for _ in range(3):
+        twins.grads()
+        for step in compiled:
+            step()
+        for p, q in twins.pairs():
+            torch.testing.assert_close(p.detach(), q.detach())
+
+
+# Both in one step.
+
+
+def strange(kind: str) -> Callable[[], Tensor]:
+    """Return a builder of a parameter that the fast path does not take."""
+    return {
+        "complex": lambda: Parameter(torch.randn(9, 5, dtype=torch.complex64)),
+        "subclass": lambda: torch.randn(9, 5).as_subclass(Logged).requires_grad_(),
+        "sparse grad": lambda: Parameter(torch.randn(9, 5)),
+    }[kind]
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("kind", ["complex", "subclass", "sparse grad"])
+def test_fast_and_fallback_in_one_optimizer(row: Row, kind: str, flags: Any) -> None:
+    """Every parameter gets its step once, in groups and order of any kind; hooks run once."""
+
+    def build() -> list[dict[str, Any]]:
+        one, two, three = (parameters((70,), (33, 17))() for _ in range(3))
+        return [
+            {"params": [one[0], strange(kind)(), one[1]]},
+            {"params": two, "lr": 0.02},
+            {"params": [strange(kind)()], "lr": 0.03},
+            {"params": [*three, strange(kind)()], "weight_decay": 0.0},
+        ]
+
+    twins = Twins(row, build, **MOMENTUM, **flags)
+    calls = []
+    twins.ours.register_step_post_hook(lambda *_: calls.append(1))
+
+    def give(optimizer: Any) -> None:
+        for p in all_params(optimizer):
+            if kind == "sparse grad" and p.shape == (9, 5):
+                p.grad = sparse_grad(p)
+            else:
+                p.grad = torch.randn(p.shape, dtype=p.dtype)
+
+    for _ in range(3):
+        twins.each(give)
+        lists = [g["params"] for g in twins.ours.param_groups]
+        twins.step()
+        for p, q in twins.pairs():
+            assert_equal(p.detach().as_subclass(torch.Tensor), q.detach().as_subclass(torch.Tensor))
+        flag = {k: v for k, v in flags.items()}
+        for group, params in zip(twins.ours.param_groups, lists, strict=True):
+            assert group["params"] is params, "the user's list is put back"
+            assert {k: group[k] for k in flag} == flag, "the user's flags are put back"
+    assert len(calls) == 3
+
+
+def test_fallback_that_raises_puts_everything_back(row: Row) -> None:
+    """Flags and lists are restored when stock's code raises."""
+    optimizer = row.ours(
+        [Parameter(torch.randn(5)), Parameter(torch.randn(3, dtype=torch.complex64))],
+        **row.rich,
+        fused=True,
+    )
+    group = optimizer.param_groups[0]
+    params = group["params"]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[params[1]][row.states[0]] = torch.ones(2, dtype=torch.complex64)
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert group["params"] is params and group["fused"] is True and group["foreach"] is None
+
+
+def test_fallback_with_a_scaler(row: Row) -> None:
+    """A fused optimizer with a complex parameter under GradScaler's attributes."""
+    twins = Twins(
+        row,
+        lambda: [Parameter(torch.randn(9, dtype=torch.complex64)), *parameters((70,))()],
+        **row.rich,
+        fused=True,
+    )
+    for found_inf in (1.0, 0.0, 0.0):
+        twins.grads(lambda p: torch.randn(p.shape, dtype=p.dtype))
+        for p in all_params(twins.ours):
+            p.grad *= 4.0
+        twins.ours.grad_scale = torch.tensor(4.0)
+        twins.ours.found_inf = torch.tensor(found_inf)
+        twins.ours.step()
+        assert twins.ours.grad_scale == 4.0 and twins.ours.found_inf == found_inf
+        if not found_inf:
+            twins.stock.step()
+            for p, q in twins.pairs():
+                assert_equal(p.detach(), q.detach())
+
+
+def test_copies_of_strange_optimizers(row: Row) -> None:
+    """Deepcopy of a mixed optimizer."""
+    twins = Twins(row, lambda: [strange("complex")(), *parameters((70,))()], **row.rich)
+
+    def give(optimizer: Any) -> None:
+        for p in all_params(optimizer):
+            p.grad = torch.randn(p.shape, dtype=p.dtype)
+
+    for _ in range(3):
+        twins.ours = copy.deepcopy(twins.ours)
+        twins.each(give)
+        twins.step()
+        twins.check()

@@ -1,0 +1,144 @@
+"""The command line: which command runs with what, and the lines of `info`."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import isolated
+import pytest
+import torch
+
+import fastsgd
+from fastsgd import _build_info, info
+from fastsgd.__main__ import COMMANDS, main
+
+NAMES = [
+    "fastsgd",
+    "torch found",
+    "compiled against",
+    "compiler",
+    "instruction set",
+    "threads",
+    "CUDA",
+]
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["train"], "invalid choice: 'train'"),
+        (["--quick", "bench"], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_bad_commands(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_and_exit_code_are_the_commands_own(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    module = ModuleType(f"fastsgd.{command}")
+    module.main = lambda argv: seen.append(argv) or 3  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, f"fastsgd.{command}", module)
+    assert main([command, "--quick", "-h", "word"]) == 3
+    assert seen == [["--quick", "-h", "word"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert f"python -m fastsgd {command}" in capsys.readouterr().out
+
+
+def test_info_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:17].strip() for line in lines] == NAMES
+    value = dict(zip(NAMES, (line[18:] for line in lines), strict=True))
+    assert value["fastsgd"] == fastsgd.__version__
+    assert value["torch found"].startswith(torch.__version__)
+    assert value["compiled against"].startswith(torch.__version__.split("+")[0])
+    assert value["compiler"] == _build_info.COMPILER
+    assert value["instruction set"].split()[0] in ("baseline", "avx2", "avx512")
+    assert f"torch.get_num_threads() is {torch.get_num_threads()})" in value["threads"]
+    assert value["CUDA"].split(":")[0] == ("yes" if fastsgd.cuda_available() else "no")
+
+
+def test_info_follows_the_threads_and_the_capability() -> None:
+    text = isolated.run(
+        """
+        import torch
+        from fastsgd.__main__ import main
+
+        torch.set_num_threads(1)
+        main(["info"])
+        """,
+        env={"ATEN_CPU_CAPABILITY": "default"},
+    )
+    assert "ATEN_CPU_CAPABILITY is 'default'" in text
+    assert "baseline (torch uses DEFAULT" in text
+    assert "1 (torch.get_num_threads() is 1)" in text
+
+
+def test_info_without_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    assert info.capability().endswith("ATEN_CPU_CAPABILITY is not set")
+
+
+def test_info_needs_no_extra() -> None:
+    text = isolated.run(
+        """
+        import sys
+
+        sys.modules.update(dict.fromkeys(["matplotlib", "sklearn", "tqdm"]))  # None: not found
+        from fastsgd.__main__ import main
+
+        main(["info"])
+        """
+    )
+    assert len(text.splitlines()) == len(NAMES)
+
+
+@pytest.mark.parametrize(
+    "available, sources, torch_cuda, line",
+    [
+        (True, True, "13.0", "yes: A GPU, A GPU"),
+        (False, False, None, "no: this build has no CUDA kernels; CUDA parameters take torch's"),
+        (False, False, "13.0", "no: this build has no CUDA kernels; CUDA parameters take torch's"),
+        (False, True, None, "no: the torch found is a CPU build"),
+        (False, True, "13.0", "no: torch finds no CUDA device"),
+    ],
+)
+def test_cuda_or_why_not(
+    available: bool,
+    sources: bool,
+    torch_cuda: str | None,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fastsgd, "cuda_available", lambda: available)
+    monkeypatch.setattr(_build_info, "CUDA_SOURCES", sources)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    assert info.cuda().startswith(line)
+    assert info.cuda_release(torch_cuda) == ("CUDA 13.0" if torch_cuda else "CPU build")

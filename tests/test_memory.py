@@ -1,0 +1,146 @@
+"""What a step takes besides time: a warm step allocates nothing, a first one only its states."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import isolated
+import pytest
+import torch
+from cases import OPTIMIZERS, ORDINARY_SHAPES, Row
+from oracle import all_params
+from twins import parameters
+
+COUNTER = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdatomic.h>
+#include <stddef.h>
+
+static atomic_long count;
+long allocations(void) { return atomic_load(&count); }
+
+extern void* __libc_malloc(size_t);
+extern void* __libc_calloc(size_t, size_t);
+extern void* __libc_realloc(void*, size_t);
+extern void* __libc_memalign(size_t, size_t);
+
+void* malloc(size_t n) { ++count; return __libc_malloc(n); }
+void* calloc(size_t k, size_t n) { ++count; return __libc_calloc(k, n); }
+void* realloc(void* p, size_t n) { ++count; return __libc_realloc(p, n); }
+void* memalign(size_t a, size_t n) { ++count; return __libc_memalign(a, n); }
+void* aligned_alloc(size_t a, size_t n) { ++count; return __libc_memalign(a, n); }
+int posix_memalign(void** out, size_t a, size_t n) {
+  ++count;
+  *out = __libc_memalign(a, n);
+  return *out ? 0 : ENOMEM;
+}
+"""
+CHILD = """
+    import ctypes, gc, torch
+    from cases import OPTIMIZERS, DTYPES
+    from twins import parameters, random_grad
+
+    counter = ctypes.CDLL(None)
+    counter.allocations.restype = ctypes.c_long
+    row = OPTIMIZERS[{index}]
+    STEPS = 100
+
+    def measure(name, shapes, dtype, options, threads, layout=lambda t: t):
+        torch.set_num_threads(threads)
+        made = parameters(*shapes, dtype=dtype)()
+        params = [torch.nn.Parameter(layout(p.detach())) for p in made]
+        for p in params:
+            p.grad = random_grad(p)
+        optimizer = row.ours(params, **options)
+        def act():
+            optimizer.step()
+        for _ in range(5):
+            act()
+        gc.collect(); gc.disable()
+        before = counter.allocations()
+        for _ in range(STEPS):
+            act()
+        used = counter.allocations() - before
+        gc.enable()
+        assert used < STEPS, f"{{name}}: {{used}} allocations in {{STEPS}} warm steps"
+
+    probe = counter.allocations()
+    torch.empty(100_000)
+    assert counter.allocations() > probe, "the counter does not count"
+    for options in (row.plain, row.rich, {{**row.rich, "fused": True}}):
+        for dtype in DTYPES:
+            measure("small", [(4, 3), (3,)], dtype, options, 1)
+        for dtype in (torch.float32, torch.bfloat16):
+            measure("many", [(16,)] * 1000, dtype, options, 1)
+            measure("parallel", [(60_000,)] * 10, dtype, options, 2)
+        measure("transposed", [(33, 17)] * 5, torch.float32, options, 1, lambda t: t.t())
+        measure("sliced", [(33, 17)] * 5, torch.float32, options, 1, lambda t: t[:, :9])
+    print("done")
+"""
+
+
+def test_a_warm_step_allocates_nothing(row: Row, tmp_path: Path) -> None:
+    """Neither Python nor C++ asks the system for memory: malloc itself is counted."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not compiler or not sys.platform.startswith("linux"):
+        pytest.skip("needs a C compiler and glibc, to count calls of malloc")
+    (tmp_path / "counter.c").write_text(COUNTER)
+    library = tmp_path / "counter.so"
+    subprocess.run(
+        [compiler, "-O1", "-fno-builtin", "-shared", "-fPIC", "counter.c", "-o", str(library)],
+        cwd=tmp_path,
+        check=True,
+    )
+    code = CHILD.format(index=OPTIMIZERS.index(row))
+    assert isolated.run(code, env={"LD_PRELOAD": str(library)}).strip() == "done"
+
+
+@pytest.mark.parametrize("options", ["plain", "rich"])
+def test_no_tensor_is_made_by_a_warm_step(row: Row, options: str) -> None:
+    """Torch's allocator, watched by the profiler, is not called."""
+    optimizer = row.ours(parameters(*ORDINARY_SHAPES)(), **getattr(row, options))
+    for p in all_params(optimizer):
+        p.grad = torch.ones_like(p)
+    for _ in range(3):
+        optimizer.step()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        optimizer.step()
+    made: list[Any] = [e for e in profile.events() if e.name == "[memory]"]
+    assert not [e for e in made if e.cpu_memory_usage > 0], made
+
+
+def test_peak_memory_of_a_step(row: Row) -> None:
+    """A step needs its states and nothing beside them (stock's foreach copies the grads)."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    isolated.run(
+        f"""
+        import torch
+        from cases import OPTIMIZERS
+        row = OPTIMIZERS[{OPTIMIZERS.index(row)}]
+
+        def peak():
+            for line in open("/proc/self/status"):
+                if line.startswith("VmHWM"):
+                    return int(line.split()[1]) / 1024
+
+        MIB = 64
+        params = [torch.nn.Parameter(torch.ones(MIB * 2**18 // 4)) for _ in range(4)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        for options, states in ((row.plain, 0), (row.rich, len(row.states))):
+            optimizer = row.ours(params, **options)
+            before = peak()
+            for _ in range(3):
+                optimizer.step()
+            used = peak() - before
+            assert used < states * MIB + 8, f"{{used}} MiB for {{states}} states of {{MIB}} MiB"
+        """
+    )

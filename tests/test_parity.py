@@ -1,0 +1,338 @@
+"""The same numbers as stock: 50 steps, every combination of options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import isolated
+import pytest
+import torch
+from cases import (
+    COMBINATION_IDS,
+    COMBINATIONS,
+    DTYPES,
+    EXACT,
+    HALVES,
+    HUGE,
+    ORDINARY_SHAPES,
+    SIZES,
+    Row,
+)
+from oracle import Float64Step, all_params, assert_equal
+from torch import Tensor
+from twins import Twins, parameters, random_grad
+
+STEPS = 50
+
+
+def fifty_steps(row: Row, options: Any, dtype: torch.dtype) -> None:
+    """Walk a trajectory, comparing with the oracle of the dtype at every step."""
+    twins = Twins(row, parameters(*ORDINARY_SHAPES, (97,), dtype=dtype), **options)
+    start = [p.detach().clone() for p in all_params(twins.ours)]
+    for _ in range(STEPS):
+        twins.grads()
+        if dtype in EXACT:
+            twins.step()
+            twins.check()
+        else:
+            expected = Float64Step(row.stock, twins.ours)
+            twins.ours.step()
+            expected.check()
+    for p, before in zip(all_params(twins.ours), start, strict=True):
+        assert p.numel() == 0 or not torch.equal(p.detach(), before), "nothing moved"
+        assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize(("row", "options"), COMBINATIONS, ids=COMBINATION_IDS)
+def test_bit_identical(row: Row, options: Any, dtype: torch.dtype) -> None:
+    """float32 and float64 have stock's bits after each of 50 steps, parameters and states."""
+    fifty_steps(row, options, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("row", "options"), COMBINATIONS, ids=COMBINATION_IDS)
+def test_half_is_float64_rounded_once(row: Row, options: Any, dtype: torch.dtype) -> None:
+    """bfloat16 and float16 are within one unit of the float64 step at each of 50 steps."""
+    fifty_steps(row, options, dtype)
+
+
+@pytest.mark.parametrize("flags", [{"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_flags_change_no_number(row: Row, dtype: torch.dtype, flags: Any) -> None:
+    """``foreach`` and ``fused`` are taken and mean the same step."""
+    flagged = Twins(row, parameters(*ORDINARY_SHAPES, dtype=dtype), **row.rich, **flags)
+    plain = Twins(row, parameters(*ORDINARY_SHAPES, dtype=dtype), **row.rich)
+    for _ in range(5):
+        for twins in (flagged, plain):
+            twins.grads()
+            twins.ours.step()
+        for p, q in zip(all_params(flagged.ours), all_params(plain.ours), strict=True):
+            assert_equal(p, q)
+    for key, value in flags.items():
+        assert flagged.ours.param_groups[0][key] is value, "the flag that the user gave is kept"
+
+
+def test_half_beats_stock(row: Row) -> None:
+    """Half types end nearer the float64 truth than stock's default, which rounds each operation."""
+    for dtype in HALVES:
+        twins = Twins(row, parameters((4099,), dtype=dtype), **row.rich)
+        errors = [0.0, 0.0]
+        for _ in range(20):
+            twins.grads()
+            expected = Float64Step(row.stock, twins.ours)
+            for side, optimizer in enumerate(twins.sides):
+                optimizer.step()
+                exact = all_params(expected.exact)[0].detach()
+                errors[side] += float(
+                    (all_params(optimizer)[0].detach().double() - exact).abs().sum()
+                )
+            # The same start for the next step.
+            mine, theirs = all_params(twins.ours)[0], all_params(twins.stock)[0]
+            theirs.data.copy_(mine)
+            for key, value in twins.ours.state[mine].items():
+                twins.stock.state[theirs][key].copy_(value)
+        assert errors[0] < errors[1], errors
+
+
+@pytest.mark.parametrize("rich", [False, True])
+def test_mixed_dtypes(row: Row, rich: bool) -> None:
+    """Each parameter of one optimizer, whatever the dtype beside it, gets the step of its own."""
+
+    def build() -> list[Tensor]:
+        found = []
+        for shape in ((65,), (7, 5), (1025,), ()):
+            for dtype in DTYPES:
+                found += parameters(shape, dtype=dtype)()
+        return found
+
+    twins = Twins(row, build, **(row.rich if rich else row.plain))
+    for _ in range(STEPS):
+        twins.grads()
+        expected = Float64Step(row.stock, twins.ours)
+        twins.step()
+        expected.check()
+        for p, q in twins.pairs():
+            if p.dtype in EXACT:
+                assert_equal(p, q)
+                for key, value in twins.stock.state.get(q, {}).items():
+                    assert_equal(twins.ours.state[p][key], value)
+
+
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+def test_groups_with_their_own_options(row: Row, dtype: torch.dtype) -> None:
+    """A group for each combination of options, in one optimizer."""
+
+    def build() -> list[dict[str, Any]]:
+        return [
+            {"params": parameters((65,), (n + 1,), dtype=dtype)(), **options}
+            for n, options in enumerate(row.options)
+        ]
+
+    Twins(row, build, **row.plain).run(10)
+
+
+def test_many_groups(row: Row) -> None:
+    """As many groups as tensors."""
+
+    def build() -> list[dict[str, Any]]:
+        return [
+            {"params": parameters((n % 70 + 1,))(), **row.rich, "lr": 0.01 * (n % 7 + 1)}
+            for n in range(465)
+        ]
+
+    Twins(row, build, **row.plain).run(3)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_thread_counts(row: Row, dtype: torch.dtype, threads: int) -> None:
+    """The bits do not depend on how the work is divided."""
+    shapes = [(HUGE,), (513, 1023), *[(n,) for n in SIZES], (100_003,), *[(64,)] * 100]
+    if threads > 2:  # a team larger than the machine may be spared unless there is much to do
+        shapes.append((2_500_001,))
+    twins = Twins(row, parameters(*shapes, dtype=dtype), **row.rich)
+    alone = Twins(row, parameters(*shapes, dtype=dtype), **row.rich)
+    for _ in range(3):
+        twins.grads()
+        alone.grads()
+        torch.set_num_threads(threads)
+        expected = Float64Step(row.stock, twins.ours) if dtype in HALVES else None
+        twins.ours.step()
+        torch.set_num_threads(1)
+        alone.ours.step()
+        if expected:
+            expected.check()
+        else:
+            twins.stock.step()
+            twins.check()
+        for p, q in zip(all_params(twins.ours), all_params(alone.ours), strict=True):
+            assert_equal(p, q)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_that_are_not_finite(row: Row, dtype: torch.dtype) -> None:
+    """Infinities, NaN, the largest, subnormal and negative zero grads do what they do in stock."""
+    info = torch.finfo(dtype)
+    # A 16th of the largest: a sum of a few must not overflow float32, whose range is bfloat16's.
+    odd = [float("inf"), -float("inf"), float("nan"), info.max / 16, info.min / 16, info.tiny, -0.0]
+    odd += [info.tiny * info.eps, info.smallest_normal / 2, 1.0]
+    twins = Twins(row, parameters((len(odd) * 13,), (len(odd),), dtype=dtype), **row.rich)
+    for step in range(4):
+        values = torch.tensor(odd, dtype=torch.float64).roll(step).to(dtype)
+        for optimizer in twins.sides:
+            for p in all_params(optimizer):
+                p.grad = values.repeat(p.numel() // len(odd))
+        expected = Float64Step(row.stock, twins.ours) if dtype in HALVES else None
+        twins.step()
+        if not expected:
+            twins.check()
+        else:
+            for p, q, _ in expected.twins:
+                exact = q.detach().to(dtype)
+                assert torch.equal(p.isnan(), exact.isnan())
+                assert torch.equal(p.isinf(), exact.isinf())
+        for optimizer in twins.sides:  # start again from numbers
+            for p in all_params(optimizer):
+                p.data.nan_to_num_(0.5, 0.5, 0.5).clamp_(-2, 2)
+                for value in optimizer.state[p].values():
+                    value.nan_to_num_(0.5, 0.5, 0.5).clamp_(-2, 2)
+
+
+@pytest.mark.parametrize(
+    "lr",
+    [
+        0,
+        1,
+        1e-3,
+        3.0,
+        -0.01,
+        1e-30,
+        torch.tensor(0.1),
+        torch.tensor(0.1, dtype=torch.float64),
+        torch.tensor(0.1, dtype=torch.bfloat16),
+        torch.tensor(1),
+        torch.tensor([0.1]),
+        torch.tensor([[0.1]]),
+        torch.tensor(0.1, requires_grad=True),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+def test_learning_rates(row: Row, dtype: torch.dtype, lr: Any) -> None:
+    """Numbers and one-element tensors of any dtype, set by hand between steps."""
+    twins = Twins(row, parameters((131,), (3, 5), dtype=dtype), **row.rich)
+    twins.run(1)
+    for optimizer in twins.sides:
+        optimizer.param_groups[0]["lr"] = lr
+    twins.run(2)
+
+
+def test_tensor_lr_changed_in_place(row: Row) -> None:
+    """A tensor lr is read at every step."""
+    lr = torch.tensor(0.1)
+    build = parameters((131,))
+    twins = Twins(row, build, **row.plain)
+    for optimizer in twins.sides:
+        optimizer.param_groups[0]["lr"] = lr
+    twins.run(1)
+    lr.fill_(0.003)
+    twins.run(1)
+
+
+CHILD = """
+    import sys, torch
+    from torch import Tensor
+    from cases import OPTIMIZERS, DTYPES, EXACT
+    from oracle import Float64Step, assert_equal
+    import fastsgd._C
+
+    inputs, results, threads = sys.argv[1:] if len(sys.argv) > 1 else {argv!r}
+    torch.set_num_threads(int(threads))
+    saved = torch.load(inputs)
+    out = []
+    for row in OPTIMIZERS:
+        for options in row.options:
+            for dtype in DTYPES:
+                make = lambda cls, **more: cls(
+                    [torch.nn.Parameter(p.to(dtype, copy=True)) for p in saved["params"]],
+                    **options, **more)
+                ours, stock = make(row.ours), make(row.stock, foreach=False)
+                for grads in saved["grads"]:
+                    for optimizer in (ours, stock):
+                        for p, g in zip(optimizer.param_groups[0]["params"], grads):
+                            p.grad = g.to(dtype)
+                    exact = Float64Step(row.stock, ours) if dtype not in EXACT else None
+                    ours.step()
+                    if exact:
+                        exact.check()
+                    else:
+                        stock.step()
+                        for p, q in zip(ours.param_groups[0]["params"],
+                                        stock.param_groups[0]["params"]):
+                            assert_equal(p, q, msg=lambda m: f"{{options}} {{dtype}}: {{m}}")
+                            for key, value in stock.state.get(q, {{}}).items():
+                                assert_equal(ours.state[p][key], value)
+                out.append([p.detach().clone() for p in ours.param_groups[0]["params"]])
+    torch.save(out, results)
+    print(fastsgd._C.instruction_set(), len(out))
+"""
+ISAS = {"default": "baseline", "avx2": "avx2", "avx512": "avx512"}
+
+
+def supported() -> list[str]:
+    """Instruction sets of this machine, narrowest first."""
+    best = torch.backends.cpu.get_cpu_capability()
+    names = list(ISAS)
+    return names[: {"DEFAULT": 1, "AVX2": 2, "AVX512": 3}.get(best, 1)]
+
+
+def test_instruction_sets(tmp_path: Path) -> None:
+    """Each set of kernels agrees with stock under that set; AVX2 and AVX-512 with each other."""
+    torch.manual_seed(3)
+    shapes = [(131,), (33, 5), (), (1,), (16,), (40_001,)]
+    params = [torch.randn(s, dtype=torch.float64) for s in shapes]
+    grads = [[random_grad(p) for p in params] for _ in range(6)]
+    torch.save({"params": params, "grads": grads}, tmp_path / "inputs")
+    results = {}
+    for name in supported():
+        argv = [str(tmp_path / "inputs"), str(tmp_path / name), "1"]
+        said = isolated.run(CHILD.format(argv=argv), env={"ATEN_CPU_CAPABILITY": name}, timeout=300)
+        chosen, count = said.split()
+        assert chosen == ISAS[name], f"ATEN_CPU_CAPABILITY={name} ran the {chosen} kernels"
+        assert int(count) == len(COMBINATIONS) * len(DTYPES)
+        results[name] = torch.load(tmp_path / name)
+    if "avx512" in results:
+        for narrow, wide in zip(results["avx2"], results["avx512"], strict=True):
+            for p, q in zip(narrow, wide, strict=True):
+                assert_equal(p, q)
+
+
+def test_long_trajectory_on_a_model(row: Row) -> None:
+    """A network trained by both, through autograd, ends with the same bits."""
+
+    def build() -> list[Tensor]:
+        net = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3),
+            torch.nn.BatchNorm2d(8),
+            torch.nn.Flatten(),
+            torch.nn.Linear(8 * 36, 10),
+        )
+        nets.append(net)
+        return list(net.parameters())
+
+    nets: list[torch.nn.Module] = []
+    twins = Twins(row, build, **row.rich)
+    for step in range(STEPS):
+        losses = []
+        for net, optimizer in zip(nets, twins.sides, strict=True):
+            torch.manual_seed(step)
+            x, y = torch.randn(16, 3, 8, 8), torch.randint(10, (16,))
+            loss = torch.nn.functional.cross_entropy(net(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        assert_equal(*losses)
+    twins.check()
