@@ -35,8 +35,8 @@ std::unique_ptr<Walker> new_walker(PyObject* optimizer) {
   return std::make_unique<Walker>(rule);
 }
 
-// The walker of an optimizer: made at the first call, kept among the optimizer's attributes. It is no
-// state, so pickles and copies do without. One that is busy is left alone, and a new one lent.
+// The walker of an optimizer: made at the first call, kept among the optimizer's attributes. It is
+// no state, so pickles and copies do without. One that is busy is left alone, and a new one lent.
 class Borrowed {
  public:
   explicit Borrowed(PyObject* optimizer) {
@@ -99,7 +99,8 @@ PyObject* zero_grad(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
 PyMethodDef methods[] = {
     {"step", step, METH_O,
-     "Step every parameter of an optimizer that has no hooks and is not profiled. Returns whether it "
+     "Step every parameter of an optimizer that has no hooks and is not profiled. Returns whether "
+     "it "
      "did; where not, nothing was written."},
     {"step_or_route", step_or_route, METH_O,
      "Step every parameter of an optimizer and return None; or write nothing and return, for each "
@@ -115,6 +116,7 @@ PyMethodDef methods[] = {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "fastsgd's fused steps.";
+  fastsgd::watch_forks();
   if (PyModule_AddFunctions(module.ptr(), fastsgd::methods) != 0) throw py::error_already_set();
   module.def(
       "instruction_set", [] { return std::string(fastsgd::kernels().instruction_set); },

@@ -1,5 +1,5 @@
-// What passes between the host and a kernel: pointers, counts and a row of scalars. Free of torch, so
-// that any compiler for any device can build the kernels.
+// What passes between the host and a kernel: pointers, counts and a row of scalars. Free of torch,
+// so that any compiler for any device can build the kernels.
 #pragma once
 
 #include <cstdint>

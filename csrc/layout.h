@@ -9,8 +9,8 @@ namespace fastsgd {
 
 inline constexpr int kMaxDims = 16;
 
-// Dimensions from the outermost to the innermost in the parameter's memory, those of size 1 left out
-// and neighbours joined where every stream allows it. Strides are in elements.
+// Dimensions from the outermost to the innermost in the parameter's memory, those of size 1 left
+// out and neighbours joined where every stream allows it. Strides are in elements.
 struct Layout {
   int dims = 0;
   std::int64_t size[kMaxDims];

@@ -1,10 +1,9 @@
 #include "plan.h"
 
-#include <Python.h>
-
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
+#include <Python.h>
 
 #include "prefetch.h"
 
@@ -71,26 +70,25 @@ void Plan::grow() {
 
 inline void Plan::count_in(const Update& update, Kernel kernel, const Layout* layout, int item_size,
                            int streams) {
-  if (retaining_) retain(owners_used_, streams);
-  bytes_ += runs_[used_].count * item_size * streams;
+  const Owner* owners = &owners_[owners_used_];
+  if (retaining_) [[unlikely]]
+    retain(owners_used_, streams);
+  bytes_ += owners[kParam].bytes * streams;
   for (int s = 0; s < streams; ++s) {
-    if (!written(update, s)) continue;
-    written_[written_used_++] = owners_[owners_used_ + static_cast<std::size_t>(s)].tensor;
+    if (written(update, s)) written_[written_used_++] = owners[s].tensor;
   }
   owners_used_ += static_cast<std::size_t>(streams);
   const auto number = static_cast<std::int64_t>(used_++);
-  if (layout == nullptr && !spans_.empty()) {
-    Span& last = spans_.back();
-    if (last.kernel == kernel && last.row == update.row && last.layout == nullptr) {
-      last.end = number + 1;
-      return;
-    }
+  if (Span* last = spans_.empty() ? nullptr : &spans_.back();
+      last && last->kernel == kernel && last->row == update.row && !last->layout && !layout) {
+    last->end = number + 1;
+    return;
   }
   spans_.push_back({kernel, layout, update.row, static_cast<std::int16_t>(item_size),
                     static_cast<std::int16_t>(streams), number, number + 1});
 }
 
-inline void Plan::fetch_ahead(int streams) const {
+FASTSGD_PREFETCHING void Plan::fetch_ahead(int streams) const {
   const std::size_t ahead = owners_used_ + kAhead * static_cast<std::size_t>(streams);
   if (ahead + static_cast<std::size_t>(streams) > owners_.size()) return;
   for (int s = 0; s < streams; ++s) {
@@ -100,47 +98,61 @@ inline void Plan::fetch_ahead(int streams) const {
   }
 }
 
-// The usual case, in few instructions: every tensor plain, contiguous, of one dtype and one shape, its
-// storage large enough and its own. False where anything differs.
+// The usual case, in few instructions: every tensor plain, contiguous, of one dtype and one shape,
+// its storage large enough and its own. False where anything differs.
 template <int kStreams>
 bool Plan::add_usual(const Update& update, const Subject& subject) {
   reserve();
   fetch_ahead(kStreams);
+  // All is read, and compared with the parameter's, before anything is noted down.
   const c10::TensorImpl& param = *subject.tensor[kParam];
+  const caffe2::TypeMeta dtype = param.dtype();
+  const at::IntArrayRef sizes = param.sizes();
   const auto type = storage_type(param);
   const std::int64_t count = param.numel();
-  if (!type || count == 0) return false;
+  if (!type || count == 0) [[unlikely]]
+    return false;
   const std::int64_t item_size = item_size_of(*type), bytes = count * item_size;
-  Run& run = runs_[used_];
-  Owner* owners = &owners_[owners_used_];
-  bool moved = run.streams != kStreams || run.writes_grad != update.writes_grad;
+  const bool writes_grad = update.writes_grad;
+  char* stream[kStreams];
+  c10::StorageImpl* storage[kStreams];
 #pragma GCC unroll 8
   for (int s = 0; s < kStreams; ++s) {
-    c10::TensorImpl& tensor = *subject.tensor[s];
-    if (tensor.key_set().raw_repr() != plain_keys_ || !tensor.is_contiguous()) return false;
-    if (s != kParam && (tensor.dtype() != param.dtype() ||
-                        !same_sizes(tensor.sizes(), param.sizes()))) {
+    const c10::TensorImpl& tensor = *subject.tensor[s];
+    if (tensor.key_set().raw_repr() != plain_keys_ || !tensor.is_contiguous()) [[unlikely]] {
       return false;
     }
-    c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
+    if (s != kParam && (tensor.dtype() != dtype || !same_sizes(tensor.sizes(), sizes)))
+        [[unlikely]] {
+      return false;
+    }
+    storage[s] = tensor.unsafe_storage().unsafeGetStorageImpl();
     const std::int64_t offset = tensor.storage_offset() * item_size;
-    if (static_cast<std::int64_t>(storage->nbytes()) < offset + bytes) return false;
-    char* stream = data_of(*storage, written(update, s)) + offset;
-    moved |= run.stream[s] != stream || owners[s].bytes != bytes;
-    run.stream[s] = stream;
-    owners[s] = {&tensor, storage, bytes};
+    if (static_cast<std::int64_t>(storage[s]->nbytes()) < offset + bytes) [[unlikely]]
+      return false;
+    stream[s] = data_of(*storage[s], s != kGrad || writes_grad) + offset;
+#pragma GCC unroll 8
+    for (int t = 0; t < s; ++t) {
+      if (stream[s] < stream[t] + bytes && stream[t] < stream[s] + bytes) [[unlikely]]
+        return false;
+    }
+  }
+
+  Run& run = runs_[used_];
+  Owner* owners = &owners_[owners_used_];
+  bool moved = (run.streams != kStreams) | (run.writes_grad != writes_grad);
+#pragma GCC unroll 8
+  for (int s = 0; s < kStreams; ++s) {
+    moved |= (run.stream[s] != stream[s]) | (owners[s].bytes != bytes);
+    run.stream[s] = stream[s];
+    owners[s].tensor = subject.tensor[s];
+    owners[s].storage = storage[s];
+    owners[s].bytes = bytes;
   }
   run.count = count;
   run.streams = kStreams;
-  run.writes_grad = update.writes_grad;
+  run.writes_grad = writes_grad;
   moved_ |= moved;
-#pragma GCC unroll 8
-  for (int s = 1; s < kStreams; ++s) {
-#pragma GCC unroll 8
-    for (int t = 0; t < s; ++t) {
-      if (run.stream[s] < run.stream[t] + bytes && run.stream[t] < run.stream[s] + bytes) return false;
-    }
-  }
   count_in(update, update.kernels[static_cast<int>(*type)], nullptr, static_cast<int>(item_size),
            kStreams);
   return true;
@@ -156,7 +168,8 @@ bool Plan::add_unusual(const Update& update, const Place& place, Subject& subjec
   const c10::TensorImpl& param = *subject.tensor[kParam];
   for (int s = kState; s < subject.streams; ++s) {
     if (subject.tensor[s] != nullptr) continue;
-    created[s - kState] = new_state(update.state_like, *subject.tensor[kParam], *subject.tensor[kGrad]);
+    created[s - kState] =
+        new_state(update.state_like, *subject.tensor[kParam], *subject.tensor[kGrad]);
     subject.tensor[s] = created[s - kState].unsafeGetTensorImpl();
   }
   const std::int64_t count = param.numel();
@@ -186,7 +199,8 @@ bool Plan::add_unusual(const Update& update, const Place& place, Subject& subjec
     owners[s] = {&tensor, storage, bytes};
     // Streams of one parameter that share memory: only stock's order of passes gives its result.
     for (int t = 0; t < s; ++t) {
-      if (run.stream[s] < run.stream[t] + owners[t].bytes && run.stream[t] < run.stream[s] + bytes) {
+      if (run.stream[s] < run.stream[t] + owners[t].bytes &&
+          run.stream[t] < run.stream[s] + bytes) {
         return false;
       }
     }
@@ -227,7 +241,8 @@ bool Plan::add_zero(const at::Tensor& grad) {
   if (tensor.numel() == 0) return true;
   c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
   const auto item_size = static_cast<std::int64_t>(tensor.itemsize());
-  const std::int64_t offset = tensor.storage_offset() * item_size, bytes = tensor.numel() * item_size;
+  const std::int64_t offset = tensor.storage_offset() * item_size,
+                     bytes = tensor.numel() * item_size;
   if (static_cast<std::int64_t>(storage->nbytes()) < offset + bytes) return false;
   if (rows_.empty()) rows_.emplace_back();
   reserve();
@@ -241,8 +256,7 @@ bool Plan::add_zero(const at::Tensor& grad) {
 
 // --- running ------------------------------------------------------------------------------------
 
-bool Plan::ordered() {
-  if (!moved_ && used_ == ordered_for_) return ordered_;
+void Plan::collect_ranges() {
   writes_.clear();
   reads_.clear();
   const Owner* owner = owners_.data();
@@ -253,10 +267,21 @@ bool Plan::ordered() {
       (s != kGrad || runs_[i].writes_grad ? writes_ : reads_).push_back(range);
     }
   }
-  ordered_ = any_meet(writes_, reads_);
-  ordered_for_ = used_;
-  moved_ = false;
+}
+
+bool Plan::ordered() {
+  if (moved_ || used_ != ordered_for_) {
+    collect_ranges();
+    ordered_ = any_meet(writes_, reads_);
+    ordered_for_ = used_;
+    moved_ = false;
+  }
   return ordered_;
+}
+
+bool Plan::meets(std::vector<Range>& others) {
+  collect_ranges();
+  return any_meet(others, writes_) || any_meet(others, reads_);
 }
 
 void Plan::retain(std::size_t first_owner, int streams) {

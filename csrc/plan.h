@@ -34,8 +34,8 @@ class Plan {
   std::int32_t add_row(const Row& row);
 
   // Adds the update of a parameter and returns true; or false where only stock's path can take it.
-  // Throws, naming `place` and the tensor, where stock could not either. The states that are missing
-  // are allocated into `created`, which is null where none are.
+  // Throws, naming `place` and the tensor, where stock could not either. The states that are
+  // missing are allocated into `created`, which is null where none are.
   bool add(const Update& update, const Place& place, Subject& subject, at::Tensor* created) {
     if (created == nullptr && subject.streams == 2 && add_usual<2>(update, subject)) return true;
     if (created == nullptr && subject.streams == 3 && add_usual<3>(update, subject)) return true;
@@ -46,16 +46,19 @@ class Plan {
   // Adds a gradient to set to zero; false if its memory has gaps or is not plain.
   bool add_zero(const at::Tensor& grad);
 
-  // Whether memory that one parameter's update writes is used by another's, so that order counts. While
-  // no stream has moved the last step's answer holds.
+  // Whether memory that one parameter's update writes is used by another's, so that order counts.
+  // While no stream has moved the last step's answer holds.
   bool ordered();
 
-  // Keeps the step's tensors alive until it is over, those still to be added too: for when Python code
-  // may run meanwhile.
+  // Whether anything that this step uses meets memory that stock is to step. Sorts `others`.
+  bool meets(std::vector<Range>& others);
+
+  // Keeps the step's tensors alive until it is over, those still to be added too: for when Python
+  // code may run meanwhile.
   void retain();
 
-  // Writes: version counters first, then the kernels, without the GIL where the work is long. Work that
-  // gives one result in any order need not ask for it.
+  // Writes: version counters first, then the kernels, without the GIL where the work is long. Work
+  // that gives one result in any order need not ask for it.
   void run(bool needs_order);
 
  private:
@@ -70,7 +73,8 @@ class Plan {
   [[gnu::noinline]] bool add_usual(const Update& update, const Subject& subject);
   bool add_unusual(const Update& update, const Place& place, Subject& subject, at::Tensor* created);
   bool lay_out(const Update& update, const Place& place, const Subject& subject, Layout& layout);
-  void count_in(const Update& update, Kernel kernel, const Layout* layout, int item_size, int streams);
+  void count_in(const Update& update, Kernel kernel, const Layout* layout, int item_size,
+                int streams);
   void reserve() {
     if (used_ == reserved_) grow();
   }
@@ -80,9 +84,9 @@ class Plan {
   void retain_storages();
   void release();
 
-  // Of the runs, the first `used_` are this step's, and the next is written in place before it counts;
-  // likewise the owners, one for each stream of each run. What follows is left from the last step: it
-  // says what to fetch ahead, and whether anything moved.
+  // Of the runs, the first `used_` are this step's, and the next is written in place before it
+  // counts; likewise the owners, one for each stream of each run. What follows is left from the
+  // last step: it says what to fetch ahead, and whether anything moved.
   std::vector<Run> runs_;
   std::vector<Owner> owners_;
   std::vector<c10::TensorImpl*> written_;
@@ -93,6 +97,8 @@ class Plan {
   std::size_t layouts_used_ = 0;
   std::int64_t bytes_ = 0;
   const std::uint64_t plain_keys_ = plain_keys();
+
+  void collect_ranges();
 
   bool moved_ = true;  // a run is another than at the last step
   bool ordered_ = false;

@@ -31,8 +31,8 @@ class Ref {
   PyObject* object_ = nullptr;
 };
 
-// A key that is looked up at every step. Where it was found the last time is only a hint: the key found
-// there is compared, so whatever happened to the dictionary, the answer is true.
+// A key that is looked up at every step. Where it was found the last time is only a hint: the key
+// found there is compared, so whatever happened to the dictionary, the answer is true.
 class DictKey {
  public:
   explicit DictKey(const char* name) : name_(Ref::steal(PyUnicode_InternFromString(name))) {}
@@ -65,8 +65,8 @@ class DictKey {
   Py_ssize_t position_ = 0;
 };
 
-// The entries of a dictionary whose keys are compared by identity, as tensors are. Each lookup brings
-// a hint of where the key was before; the index is built only when hints fail.
+// The entries of a dictionary whose keys are compared by identity, as tensors are. Each lookup
+// brings a hint of where the key was before; the index is built only when hints fail.
 class IdentityMap {
  public:
   void begin(PyObject* dict) {

@@ -18,7 +18,8 @@ struct Hyper {
   Kind kind = kNumber;
 };
 
-// What a new state is laid out like in memory: stock makes each from some tensor, and states are stock's.
+// What a new state is laid out like in memory: stock makes each from some tensor, and states are
+// stock's.
 enum class StateLike {
   kGrad,          // a copy of the gradient
   kGradAndParam,  // of their sum

@@ -64,10 +64,11 @@ bool check_kinds(const Place& place, const Rule& rule, const Subject& subject, b
                 ". Expected all tensors to be on the same device.");
     if (plain_inference(tensor)) {
       const bool written = s != kGrad || writes_grad;
-      TORCH_CHECK(!written || c10::InferenceMode::is_enabled(), at_place(place), ": ", name(),
-                  " is an inference tensor. Inplace update to inference tensor outside "
-                  "InferenceMode is not allowed. You can make a clone to get a normal tensor before "
-                  "doing inplace update.");
+      TORCH_CHECK(
+          !written || c10::InferenceMode::is_enabled(), at_place(place), ": ", name(),
+          " is an inference tensor. Inplace update to inference tensor outside "
+          "InferenceMode is not allowed. You can make a clone to get a normal tensor before "
+          "doing inplace update.");
     } else if (!plain(tensor)) {
       takes = false;  // sparse, a subclass, ...: only its own operators know what fits
       continue;

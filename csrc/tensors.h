@@ -22,8 +22,8 @@ struct Subject {
   int streams;
 };
 
-// The dispatch keys of a dense, strided CPU tensor and nothing else: no subclass, no wrapper, no lazy
-// negation or conjugation.
+// The dispatch keys of a dense, strided CPU tensor and nothing else: no subclass, no wrapper, no
+// lazy negation or conjugation.
 std::uint64_t plain_keys();
 
 // How the kernels call the tensor's dtype, if they know it.
@@ -55,8 +55,8 @@ std::string at_place(const Place& place);
 // "its grad", "its state 'momentum_buffer'".
 std::string stream_name(const Rule& rule, int stream);
 
-// Whether kernels can take the tensors of a parameter: plain ones of one dtype and one shape. Throws
-// where stock could not take them either.
+// Whether kernels can take the tensors of a parameter: plain ones of one dtype and one shape.
+// Throws where stock could not take them either.
 bool check_kinds(const Place& place, const Rule& rule, const Subject& subject, bool writes_grad);
 
 [[noreturn]] void storage_too_small(const Place& place, const Rule& rule, int stream,

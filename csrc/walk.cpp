@@ -17,7 +17,8 @@ const at::Tensor& tensor_of(PyObject* object) { return THPVariable_Unpack(object
 // A Tensor or a Parameter, and no subclass: one that could mean something else by its data.
 bool exact_tensor(PyObject* object) { return THPVariable_CheckExact(object); }
 
-// The Python object of a tensor that C++ holds; null where it has none. Torch 2.11 called it otherwise.
+// The Python object of a tensor that C++ holds; null where it has none. Torch 2.11 called it
+// otherwise.
 template <class Slot>
 PyObject* object_in(const Slot& slot) {
   if constexpr (requires { slot.load_pyobj(); }) {
@@ -66,9 +67,14 @@ bool read_scalar_tensor(PyObject* object, double& value) {
     return false;
   }
   switch (tensor.scalar_type()) {
-    case at::kFloat: value = *tensor.const_data_ptr<float>(); break;
-    case at::kDouble: value = *tensor.const_data_ptr<double>(); break;
-    default: value = tensor.item<double>();
+    case at::kFloat:
+      value = *tensor.const_data_ptr<float>();
+      break;
+    case at::kDouble:
+      value = *tensor.const_data_ptr<double>();
+      break;
+    default:
+      value = tensor.item<double>();
   }
   return true;
 }
@@ -105,9 +111,9 @@ at::Tensor* grad_of(PyObject* param) {
   return grad.defined() ? const_cast<at::Tensor*>(&grad) : nullptr;
 }
 
-// Gradients are new at each iteration, so they are found ahead of time as well as fetched: first the
-// gradient of a parameter some way off, then the storage of one that is nearer.
-void fetch_grads_ahead(PyObject* params, Py_ssize_t i) {
+// Gradients are new at each iteration, so they are found ahead of time as well as fetched: first
+// the gradient of a parameter some way off, then the storage of one that is nearer.
+FASTSGD_PREFETCHING void fetch_grads_ahead(PyObject* params, Py_ssize_t i) {
   const auto grad_at = [&](Py_ssize_t at) -> at::Tensor* {
     if (at >= PySequence_Fast_GET_SIZE(params)) return nullptr;
     PyObject* param = PySequence_Fast_GET_ITEM(params, at);
@@ -193,7 +199,8 @@ void Walker::read_group(PyObject* dict, std::size_t number, Group& group) {
   group.states = rule_.state_count(group.structure);
 }
 
-// What a GradScaler leaves on an optimizer that does its own unscaling; false where it is unreadable.
+// What a GradScaler leaves on an optimizer that does its own unscaling; false where it is
+// unreadable.
 bool Walker::read_scaling(PyObject* attributes, bool& skip) {
   skip = unscale_ = false;
   if (PyObject* found_inf = optional_value_of(found_inf_, attributes)) {
@@ -222,9 +229,10 @@ const Update& Walker::make_update(Group& group, bool first) {
 
 // --- the step -----------------------------------------------------------------------------------
 
-bool Walker::plan_param(const Place& place, Group& group, PyObject* param, Py_ssize_t& position) {
+bool Walker::plan_param(const Place& place, Group& group, PyObject* param, Path& path) {
   c10::TensorImpl* tensor = tensor_of(param).unsafeGetTensorImpl();
   const at::Tensor& grad = tensor->grad();
+  path.grad = &grad;
   if (!grad.defined()) return true;
   if (!group.readable) {
     TORCH_CHECK(!group.is_complex || tensor_of(param).is_complex(), at_place(place),
@@ -232,6 +240,7 @@ bool Walker::plan_param(const Place& place, Group& group, PyObject* param, Py_ss
     return false;
   }
   PyObject* grad_object = object_in(*grad.unsafeGetTensorImpl()->pyobj_slot());
+  path.grad_object = grad_object;
   if (grad_object != nullptr && !exact_tensor(grad_object)) return false;
   Subject subject;
   subject.tensor[kParam] = tensor;
@@ -240,8 +249,12 @@ bool Walker::plan_param(const Place& place, Group& group, PyObject* param, Py_ss
   if (group.states == 0) return plan_.add(update_of(group, false), place, subject, nullptr);
 
   bool first = false;
-  PyObject* states = states_.at(param, position);
-  if (states != nullptr && !PyDict_Check(states)) return false;
+  PyObject* states = states_.at(param, path.position);
+  if (states != nullptr) {
+    if (!PyDict_Check(states)) return false;
+    path.states = states;
+    path.keys = reinterpret_cast<PyDictObject*>(states)->ma_keys;
+  }
   for (int i = 0; i < group.states; ++i) {
     c10::TensorImpl*& entry = subject.tensor[kState + i];
     DictKey& key = state_keys_[static_cast<std::size_t>(i)];
@@ -257,6 +270,7 @@ bool Walker::plan_param(const Place& place, Group& group, PyObject* param, Py_ss
                        Py_TYPE(state)->tp_name, ". Is the checkpoint corrupt?");
       return false;
     }
+    path.state[i] = state;
     entry = tensor_of(state).unsafeGetTensorImpl();
   }
   const Update& update = update_of(group, first);
@@ -275,6 +289,7 @@ bool Walker::step(PyObject* optimizer) {
   routes_.clear();
   plan_.begin();
   creations_.clear();
+  left_.clear();
   PyObject* attributes = attributes_of(optimizer);
   PyObject* groups = value_of(param_groups_, attributes);
   PyObject* state = value_of(state_, attributes);
@@ -288,6 +303,7 @@ bool Walker::step(PyObject* optimizer) {
 
   states_.begin(state);
   std::size_t number = 0;  // of a parameter, counted over all groups
+  constexpr auto ahead = static_cast<Py_ssize_t>(kAhead);
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
     PyObject* dict = PyList_GET_ITEM(groups, g);
     PyObject* params = value_of(params_, dict);
@@ -296,22 +312,56 @@ bool Walker::step(PyObject* optimizer) {
     read_group(dict, static_cast<std::size_t>(g), group);
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++number) {
       PyObject* param = PyList_GET_ITEM(params, i);
-      if (number == positions_.size()) positions_.push_back(0);
-      const bool taken = exact_tensor(param) ? plan_param({g, i}, group, param, positions_[number])
-                                             : !has_grad(param);
+      if (number == paths_.size()) paths_.emplace_back();
+      if (number + kAhead < paths_.size() && i + ahead < PyList_GET_SIZE(params)) {
+        const Path& path = paths_[number + kAhead];
+        prefetch(PyList_GET_ITEM(params, i + ahead));
+        prefetch(path.grad);
+        prefetch(path.grad_object);
+        if (group.states > 0) {
+          prefetch<48>(path.states);
+          prefetch<64>(path.keys);
+          for (int state = 0; state < group.states; ++state) prefetch(path.state[state]);
+        }
+      }
+      const bool taken =
+          exact_tensor(param) ? plan_param({g, i}, group, param, paths_[number]) : !has_grad(param);
       if (taken) continue;
       routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
-      routes_[static_cast<std::size_t>(g)].push_back(i);
+      leave_to_stock(static_cast<std::size_t>(g), i, param);
     }
   }
-  // Duplicates and overlaps run in order. But where stock must take a part, or one parameter is to get
-  // its first state twice, only stock knows the order: it takes all.
+  // Duplicates and overlaps run in order. But where stock must take a part, or one parameter is to
+  // get its first state twice, only stock knows the order: it takes all. So it does where what it
+  // takes shares memory with what it does not.
   if (plan_.ordered() && !(routes_.empty() && creations_.empty())) return routes_.clear(), false;
+  if (!left_.empty() && plan_.meets(left_)) return routes_.clear(), false;
   if (!routes_.empty()) return false;
   commit(state);
   plan_.run(true);
   creations_.clear();
   return true;
+}
+
+// Notes that stock must take a parameter, and all memory that its step may use.
+void Walker::leave_to_stock(std::size_t group, Py_ssize_t index, PyObject* param) {
+  routes_[group].push_back(index);
+  const auto note = [&](const c10::TensorImpl* tensor) {
+    if (tensor == nullptr || !tensor->has_storage()) return;
+    const auto begin = reinterpret_cast<std::uintptr_t>(tensor->storage().data());
+    const std::uintptr_t bytes = tensor->storage().nbytes();
+    if (bytes > 0) left_.push_back({begin, begin + bytes});
+  };
+  if (!exact_tensor(param)) return;  // what a subclass holds is its own affair
+  const c10::TensorImpl* tensor = tensor_of(param).unsafeGetTensorImpl();
+  note(tensor);
+  if (const at::Tensor* grad = grad_of(param)) note(grad->unsafeGetTensorImpl());
+  Py_ssize_t hint = 0, position = 0;
+  PyObject *states = states_.at(param, hint), *name, *state;
+  while (states != nullptr && PyDict_Check(states) &&
+         PyDict_Next(states, &position, &name, &state)) {
+    if (exact_tensor(state)) note(tensor_of(state).unsafeGetTensorImpl());
+  }
 }
 
 // --- new states ---------------------------------------------------------------------------------
@@ -387,9 +437,10 @@ void Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& 
 }
 
 void Walker::zero(at::Tensor& grad) {
-  TORCH_CHECK(!grad.is_inference() || c10::InferenceMode::is_enabled(),
-              "Inplace update to inference tensor outside InferenceMode is not allowed: a grad made "
-              "in inference mode cannot be zeroed. Set it to None instead.");
+  TORCH_CHECK(
+      !grad.is_inference() || c10::InferenceMode::is_enabled(),
+      "Inplace update to inference tensor outside InferenceMode is not allowed: a grad made "
+      "in inference mode cannot be zeroed. Set it to None instead.");
   if (grad.requires_grad()) {
     if (grad.grad_fn() != nullptr) {
       grad.detach_();

@@ -1,5 +1,5 @@
-// Walks a torch.optim.Optimizer: reads its groups, gradients and states as they are now, and plans the
-// step. This is the only file, with bindings.cpp, that knows Python's objects.
+// Walks a torch.optim.Optimizer: reads its groups, gradients and states as they are now, and plans
+// the step. This is the only file, with bindings.cpp, that knows Python's objects.
 #pragma once
 
 #include <Python.h>
@@ -35,13 +35,24 @@ class Walker {
   bool busy = false;  // a step of this optimizer is under way, in another thread or further up
 
  private:
-  // One hyper-parameter of one group: its value belongs to the immutable object that was seen there.
+  // One hyper-parameter of one group: its value belongs to the immutable object that was seen
+  // there.
   struct Seen {
     Ref object;
     double value = 0;
   };
   struct GroupMemory {
     std::vector<Seen> seen;
+  };
+  // What was met on the way to one parameter's tensors at the last step: where its states were
+  // found, and what to fetch ahead of meeting it again.
+  struct Path {
+    Py_ssize_t position = 0;
+    const void* grad = nullptr;  // where the parameter keeps it
+    const void* grad_object = nullptr;
+    const void* states = nullptr;
+    const void* keys = nullptr;  // of the dict of states
+    const void* state[kMaxStates];
   };
   // The options of one group at this step, and its rows of scalars so far.
   struct Group {
@@ -63,8 +74,10 @@ class Walker {
   void read_group(PyObject* dict, std::size_t number, Group& group);
   bool read_number(PyObject* object, Hyper::Kind kind, Seen& seen, double& value);
   bool read_scaling(PyObject* attributes, bool& skip);
-  bool plan_param(const Place& place, Group& group, PyObject* param, Py_ssize_t& position);
+  [[gnu::always_inline]] inline bool plan_param(const Place& place, Group& group, PyObject* param,
+                                                Path& path);
   void zero(at::Tensor& grad);
+  void leave_to_stock(std::size_t group, Py_ssize_t index, PyObject* param);
   const Update& update_of(Group& group, bool first) {
     const Update& update = group.update[first ? 1 : 0];
     return update.row >= 0 ? update : make_update(group, first);
@@ -84,9 +97,10 @@ class Walker {
       post_hooks_{"_optimizer_step_post_hooks"};
   std::vector<DictKey> hyper_keys_, state_keys_;
   std::vector<GroupMemory> groups_;
-  std::vector<Py_ssize_t> positions_;  // for each parameter, where its states were in the state dict
+  std::vector<Path> paths_;  // one for each parameter
   IdentityMap states_;
   std::vector<Creation> creations_;
+  std::vector<Range> left_;  // memory of the parameters that are left to stock
   double scale_ = 1;
   bool unscale_ = false;
 };

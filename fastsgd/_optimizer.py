@@ -30,7 +30,8 @@ Routes = list[list[int]]
 class FusedStep(Optimizer):
     """Mixin, before a torch optimizer among the bases, that steps it in one call.
 
-    A class says which rule its step follows in ``_rule``, the name in the list of rules of ``csrc``.
+    A class says in ``_rule`` which rule its step follows: its name in the list of rules of csrc.
+    The rule's hyper-parameters, and ``maximize``, must be keys of every group.
     """
 
     _rule: str
@@ -40,7 +41,7 @@ class FusedStep(Optimizer):
         super().__init_subclass__(**kwargs)
         if "_rule" in cls.__dict__:
             # As torch wrote it: without the wrapper that runs the hooks, which step() runs itself.
-            written = inspect.unwrap(super(FusedStep, cls).step)
+            written = inspect.unwrap(super().step)
             cls.step = _make_step(_use_grad_for_differentiable(written))  # type: ignore[method-assign]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -100,10 +101,12 @@ def _step_in_parts(optimizer: Optimizer, stock_step: Step, routes: Routes) -> No
     if not routes:
         _step_as_stock(optimizer, stock_step)
         return
-    theirs = [[group["params"][i] for i in route] for group, route in zip(groups, routes)]
+    theirs = [
+        [group["params"][i] for i in route] for group, route in zip(groups, routes, strict=True)
+    ]
     ours = [
         [param for i, param in enumerate(group["params"]) if i not in route]
-        for group, route in zip(groups, map(set, routes))
+        for group, route in zip(groups, map(set, routes), strict=True)
     ]
     with _params_replaced(groups, theirs):
         _step_as_stock(optimizer, stock_step)
@@ -157,11 +160,11 @@ def _unfused(groups: list[dict[str, Any]]) -> Iterator[None]:
 def _params_replaced(groups: list[dict[str, Any]], params: list[list[Tensor]]) -> Iterator[None]:
     was = [group["params"] for group in groups]
     try:
-        for group, replacement in zip(groups, params):
+        for group, replacement in zip(groups, params, strict=True):
             group["params"] = replacement
         yield
     finally:
-        for group, original in zip(groups, was):
+        for group, original in zip(groups, was, strict=True):
             group["params"] = original
 
 
@@ -185,8 +188,8 @@ def _warn_of_devices(params: list[Tensor]) -> None:
     for kind in {param.device.type for param in params} - {"cpu", "meta"} - _warned_of:
         _warned_of.add(kind)
         warnings.warn(
-            f"fastsgd has kernels for the CPU only: parameters on {kind} are stepped by torch's own "
-            "code, with torch's results and torch's speed.",
+            f"fastsgd has kernels for the CPU only: parameters on {kind} are stepped by torch's "
+            "own code, with torch's results and torch's speed.",
             stacklevel=2,
         )
 

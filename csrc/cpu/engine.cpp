@@ -51,9 +51,12 @@ void copy_strided(char* to, std::int64_t to_stride, const char* from, std::int64
 void copy_strided(char* to, std::int64_t to_stride, const char* from, std::int64_t from_stride,
                   std::int64_t count, int item_size) {
   switch (item_size) {
-    case 2: return copy_strided<std::uint16_t>(to, to_stride, from, from_stride, count);
-    case 4: return copy_strided<std::uint32_t>(to, to_stride, from, from_stride, count);
-    default: return copy_strided<std::uint64_t>(to, to_stride, from, from_stride, count);
+    case 2:
+      return copy_strided<std::uint16_t>(to, to_stride, from, from_stride, count);
+    case 4:
+      return copy_strided<std::uint32_t>(to, to_stride, from, from_stride, count);
+    default:
+      return copy_strided<std::uint64_t>(to, to_stride, from, from_stride, count);
   }
 }
 
@@ -162,12 +165,11 @@ const KernelTable& kernels() {
   return chosen;
 }
 
-int threads() {
-  static const int registered =
-      pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
-  (void)registered;
-  return forked.load(std::memory_order_relaxed) ? 1 : at::get_num_threads();
+void watch_forks() {
+  pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
 }
+
+int threads() { return forked.load(std::memory_order_relaxed) ? 1 : at::get_num_threads(); }
 
 void zero(const Row&, const Run* run, std::int64_t runs) {
   for (const Run* end = run + runs; run != end; ++run) {

@@ -29,8 +29,13 @@ void execute(const std::vector<Span>& spans, const Run* runs, const Row* rows, s
 // The kernels for the instruction set that torch uses here (ATEN_CPU_CAPABILITY included).
 const KernelTable& kernels();
 
-// How many threads a long step uses now.
+// How many threads a long step uses now: torch's number, and one in a forked child, where the
+// threads of the parent's parallel regions, torch's or ours, do not exist and waiting for them
+// would hang.
 int threads();
+
+// Lets threads() know of forks from now on. To be called once, before anything could fork.
+void watch_forks();
 
 // A kernel that sets its first stream to zero, for elements of one byte.
 void zero(const Row& row, const Run* run, std::int64_t runs);

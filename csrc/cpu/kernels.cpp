@@ -1,7 +1,7 @@
 // The CPU kernels of one instruction set: compiled once for each, FASTSGD_ISA saying which.
 //
-// Includes nothing of torch and no template of the standard library: such a function, compiled here for
-// a wide instruction set, could be the one copy that the linker keeps for every other file.
+// Includes nothing of torch and no template of the standard library: such a function, compiled here
+// for a wide instruction set, could be the one copy that the linker keeps for every other file.
 #include "cpu/simd.h"  // before the rules: registers have no namespace to be looked up in
 
 #include "cpu/kernels.h"
@@ -19,8 +19,8 @@ struct Gradient {
 
 // As many elements as L holds, from memory through the rule and back.
 template <class R, int kStructure, class L, class T>
-FASTSGD_LANE void advance(const typename R::template Scalars<L>& scalars, const Gradient<L>& gradient,
-                          T* param, T* grad, T* const* state) {
+FASTSGD_LANE void advance(const typename R::template Scalars<L>& scalars,
+                          const Gradient<L>& gradient, T* param, T* grad, T* const* state) {
   constexpr int kStates = R::state_count(kStructure);
   L p = load<L>(param), g = load<L>(grad), s[kStates + 1];
   for (int i = 0; i < kStates; ++i) s[i] = load<L>(state[i]);
@@ -102,7 +102,7 @@ constexpr KernelTable table(const char* instruction_set, List<R...>) {
 
 }  // namespace
 
-extern const KernelTable FASTSGD_JOIN(kernels_, FASTSGD_ISA) =
-    table(FASTSGD_TEXT(FASTSGD_ISA), Rules{});
+extern const KernelTable FASTSGD_JOIN(kernels_, FASTSGD_ISA) = table(FASTSGD_TEXT(FASTSGD_ISA),
+                                                                     Rules{});
 
 }  // namespace fastsgd

@@ -1,5 +1,5 @@
-// Registers of the instruction set that this file is compiled for, as lanes; and how elements of each
-// storage type are loaded into them and stored from them.
+// Registers of the instruction set that this file is compiled for, as lanes; and how elements of
+// each storage type are loaded into them and stored from them.
 //
 // Everything here has internal linkage or is always inlined: the file is compiled once for each
 // instruction set, and a function shared between those copies would be one copy's for all.
@@ -30,7 +30,7 @@ struct VectorOf {
   typedef T type __attribute__((vector_size(kBytes)));
 };
 template <class T, int kLanes>
-using Vector = typename VectorOf<T, kLanes * static_cast<int>(sizeof(T))>::type;
+using Vector = typename VectorOf<T, kLanes* static_cast<int>(sizeof(T))>::type;
 
 using FloatRegister = Vector<float, FASTSGD_REGISTER_BYTES / 4>;
 using DoubleRegister = Vector<double, FASTSGD_REGISTER_BYTES / 8>;
@@ -82,8 +82,9 @@ FASTSGD_LANE U32 float_bits_to_bfloat16(U32 bits) {
 
 constexpr int kToNearestEven = 0;
 
-// A half's exponent and mantissa sit 13 bits up in a float whose exponent is 112 smaller; multiplying
-// by 2^112 sets it right, subnormals included. Infinity and NaN get the exponent of a float's.
+// A half's exponent and mantissa sit 13 bits up in a float whose exponent is 112 smaller;
+// multiplying by 2^112 sets it right, subnormals included. Infinity and NaN get the exponent of a
+// float's.
 FASTSGD_LANE float half_to_float(std::uint16_t half) {
 #if defined(__F16C__)
   return _cvtsh_ss(half);
@@ -108,8 +109,8 @@ FASTSGD_LANE std::uint16_t float_to_half(float value) {
   const std::uint32_t anchor = exponent + (13u << 23);
   const bool overflow = magnitude >= 0x477ff000u;  // rounds to 65536 or more
   const float small = overflow ? 0.0f : bit_cast<float>(magnitude);
-  const std::uint32_t sum =
-      bit_cast<std::uint32_t>(small + bit_cast<float>(anchor)) - anchor;  // mantissa, with its carry
+  const std::uint32_t sum = bit_cast<std::uint32_t>(small + bit_cast<float>(anchor)) -
+                            anchor;  // mantissa, with its carry
   const std::uint32_t finite = sum + ((exponent - 0x38800000u) >> 13);
   const std::uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const std::uint32_t sign = (bits >> 16) & 0x8000u;
@@ -225,11 +226,11 @@ namespace lane {
 
 FASTSGD_LANE FloatRegister fma(FloatRegister a, FloatRegister b, FloatRegister c) {
 #if defined(__AVX512F__)
-  return bit_cast<FloatRegister>(_mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b),
-                                                 bit_cast<__m512>(c)));
+  return bit_cast<FloatRegister>(
+      _mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
 #elif defined(__FMA__)
-  return bit_cast<FloatRegister>(_mm256_fmadd_ps(bit_cast<__m256>(a), bit_cast<__m256>(b),
-                                                 bit_cast<__m256>(c)));
+  return bit_cast<FloatRegister>(
+      _mm256_fmadd_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), bit_cast<__m256>(c)));
 #elif FASTSGD_FUSED_MULTIPLY_ADD
   for (unsigned i = 0; i < sizeof(c) / sizeof(c[0]); ++i) c[i] = fma(a[i], b[i], c[i]);
   return c;
@@ -240,11 +241,11 @@ FASTSGD_LANE FloatRegister fma(FloatRegister a, FloatRegister b, FloatRegister c
 
 FASTSGD_LANE DoubleRegister fma(DoubleRegister a, DoubleRegister b, DoubleRegister c) {
 #if defined(__AVX512F__)
-  return bit_cast<DoubleRegister>(_mm512_fmadd_pd(bit_cast<__m512d>(a), bit_cast<__m512d>(b),
-                                                  bit_cast<__m512d>(c)));
+  return bit_cast<DoubleRegister>(
+      _mm512_fmadd_pd(bit_cast<__m512d>(a), bit_cast<__m512d>(b), bit_cast<__m512d>(c)));
 #elif defined(__FMA__)
-  return bit_cast<DoubleRegister>(_mm256_fmadd_pd(bit_cast<__m256d>(a), bit_cast<__m256d>(b),
-                                                  bit_cast<__m256d>(c)));
+  return bit_cast<DoubleRegister>(
+      _mm256_fmadd_pd(bit_cast<__m256d>(a), bit_cast<__m256d>(b), bit_cast<__m256d>(c)));
 #elif FASTSGD_FUSED_MULTIPLY_ADD
   for (unsigned i = 0; i < sizeof(c) / sizeof(c[0]); ++i) c[i] = fma(a[i], b[i], c[i]);
   return c;
