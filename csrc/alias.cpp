@@ -4,9 +4,17 @@
 
 namespace fastsgd {
 
-bool any_meet(std::vector<Range>& writes, const std::vector<Range>& reads) {
-  std::sort(writes.begin(), writes.end(),
+namespace {
+
+void sort(std::vector<Range>& ranges) {
+  std::sort(ranges.begin(), ranges.end(),
             [](const Range& a, const Range& b) { return a.begin < b.begin; });
+}
+
+}  // namespace
+
+bool any_meet(std::vector<Range>& writes, const std::vector<Range>& reads) {
+  sort(writes);
   for (std::size_t i = 1; i < writes.size(); ++i) {
     if (writes[i - 1].end > writes[i].begin) return true;
   }
@@ -16,6 +24,19 @@ bool any_meet(std::vector<Range>& writes, const std::vector<Range>& reads) {
                                             [&](const Range& w) { return w.end <= read.begin; });
     return first != writes.end() && first->begin < read.end;
   });
+}
+
+void merge(std::vector<Range>& ranges) {
+  sort(ranges);
+  std::size_t kept = 0;
+  for (std::size_t i = 1; i < ranges.size(); ++i) {
+    if (ranges[i].begin < ranges[kept].end) {
+      ranges[kept].end = std::max(ranges[kept].end, ranges[i].end);
+    } else {
+      ranges[++kept] = ranges[i];
+    }
+  }
+  if (!ranges.empty()) ranges.resize(kept + 1);
 }
 
 }  // namespace fastsgd

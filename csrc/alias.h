@@ -14,4 +14,7 @@ struct Range {
 // Whether any of `writes` meets another of them or any of `reads`. Sorts `writes`.
 bool any_meet(std::vector<Range>& writes, const std::vector<Range>& reads);
 
+// Makes ranges that meet one range.
+void merge(std::vector<Range>& ranges);
+
 }  // namespace fastsgd

@@ -281,6 +281,7 @@ bool Plan::ordered() {
 
 bool Plan::meets(std::vector<Range>& others) {
   collect_ranges();
+  merge(others);
   return any_meet(others, writes_) || any_meet(others, reads_);
 }
 

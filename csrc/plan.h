@@ -50,7 +50,7 @@ class Plan {
   // While no stream has moved the last step's answer holds.
   bool ordered();
 
-  // Whether anything that this step uses meets memory that stock is to step. Sorts `others`.
+  // Whether anything that this step uses meets memory that stock is to step. Merges `others`.
   bool meets(std::vector<Range>& others);
 
   // Keeps the step's tensors alive until it is over, those still to be added too: for when Python
