@@ -1,4 +1,4 @@
-// The Python module fastsgd._C. The two functions that a training loop calls are plain CPython
+// The Python module fastsgd._C. The functions that a training loop calls are plain CPython
 // functions: for a small model the cost of calling is the cost of a step.
 
 #include <ATen/record_function.h>
@@ -40,7 +40,8 @@ std::unique_ptr<Walker> new_walker(PyObject* optimizer) {
 class Borrowed {
  public:
   explicit Borrowed(PyObject* optimizer) {
-    static DictKey key("_fastsgd_walker");
+    // Never destroyed: that would be after the interpreter.
+    static DictKey& key = *new DictKey("_fastsgd_walker");
     const Ref attributes = Ref::steal(checked(PyObject_GenericGetDict(optimizer, nullptr)));
     if (PyObject* found = key.in(attributes.get())) {
       capsule_ = Ref::borrow(found);
@@ -87,7 +88,7 @@ PyObject* zero_grad(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (!observed && at::hasCallbacks()) Py_RETURN_NONE;
   const Borrowed walker(arguments[0]);
   std::vector<Ref> others;
-  walker->zero_grad(arguments[0], set_to_none != 0, others);
+  if (!walker->zero_grad(arguments[0], set_to_none != 0, others)) Py_RETURN_NOTIMPLEMENTED;
   const Ref list = Ref::steal(checked(PyList_New(0)));
   for (const Ref& other : others) {
     if (PyList_Append(list.get(), other.get()) != 0) throw python_error();

@@ -73,7 +73,7 @@ inline void Plan::count_in(const Update& update, Kernel kernel, const Layout* la
   const Owner* owners = &owners_[owners_used_];
   if (retaining_) [[unlikely]]
     retain(owners_used_, streams);
-  bytes_ += owners[kParam].bytes * streams;
+  bytes_ += runs_[used_].count * item_size * streams;
   for (int s = 0; s < streams; ++s) {
     if (written(update, s)) written_[written_used_++] = owners[s].tensor;
   }

@@ -39,7 +39,7 @@ class Plan {
   bool add(const Update& update, const Place& place, Subject& subject, at::Tensor* created) {
     if (created == nullptr && subject.streams == 2 && add_usual<2>(update, subject)) return true;
     if (created == nullptr && subject.streams == 3 && add_usual<3>(update, subject)) return true;
-    moved_ = true;  // a refused run has been written to the place of another
+    moved_ = true;  // what follows may write to the place of another run, and then refuse
     return add_unusual(update, place, subject, created);
   }
 
@@ -56,6 +56,9 @@ class Plan {
   // Keeps the step's tensors alive until it is over, those still to be added too: for when Python
   // code may run meanwhile.
   void retain();
+
+  // Lets go of what retain() keeps.
+  void release();
 
   // Writes: version counters first, then the kernels, without the GIL where the work is long. Work
   // that gives one result in any order need not ask for it.
@@ -82,7 +85,6 @@ class Plan {
   void fetch_ahead(int streams) const;
   void retain(std::size_t first_owner, int streams);
   void retain_storages();
-  void release();
 
   // Of the runs, the first `used_` are this step's, and the next is written in place before it
   // counts; likewise the owners, one for each stream of each run. What follows is left from the

@@ -6,6 +6,8 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
+
 #include "prefetch.h"
 #include "rules/table.h"
 
@@ -52,10 +54,15 @@ PyObject* optional_value_of(DictKey& key, PyObject* dict) {
   return value == Py_None ? nullptr : value;
 }
 
-bool truth(PyObject* object) {
-  const int value = PyObject_IsTrue(object);
-  if (value < 0) throw python_error();
-  return value != 0;
+// The truth of an object that has no code of its own for it; false is returned for any other
+// object.
+bool read_flag(PyObject* object, bool& value) {
+  if (!PyBool_Check(object) && object != Py_None && !PyLong_CheckExact(object) &&
+      !PyFloat_CheckExact(object)) {
+    return false;
+  }
+  value = PyObject_IsTrue(object) != 0;
+  return true;
 }
 
 // A one-element floating point CPU tensor's value; false for any other object.
@@ -77,17 +84,6 @@ bool read_scalar_tensor(PyObject* object, double& value) {
       value = tensor.item<double>();
   }
   return true;
-}
-
-// Refuses what stock's arithmetic would refuse halfway.
-void check_option(std::size_t group, const char* name, PyObject* option) {
-  if (THPVariable_Check(option)) {
-    TORCH_CHECK_VALUE(tensor_of(option).numel() == 1, "param_groups[", group, "]['", name,
-                      "']: Tensor ", name, " must be 1-element");
-  } else {
-    TORCH_CHECK_TYPE(PyNumber_Check(option), "param_groups[", group, "]['", name,
-                     "'] must be a number, not ", Py_TYPE(option)->tp_name);
-  }
 }
 
 // The global hooks: dictionaries that torch changes in place.
@@ -129,6 +125,11 @@ FASTSGD_PREFETCHING void fetch_grads_ahead(PyObject* params, Py_ssize_t i) {
   }
 }
 
+// A group as torch makes it; one of another type may mean something else by its items.
+bool exact_dict(PyObject* object) {
+  return PyDict_CheckExact(object) || PyODict_CheckExact(object);
+}
+
 // Marks the walker busy for as long as it works on a step.
 class Busy {
  public:
@@ -165,10 +166,12 @@ bool Walker::read_number(PyObject* object, Hyper::Kind kind, Seen& seen, double&
     return true;
   }
   if (kind == Hyper::kFlag) {
-    value = truth(object) ? 1 : 0;
-    if (!PyBool_Check(object)) return true;
+    bool flag;
+    if (!read_flag(object, flag)) return false;
+    value = flag ? 1 : 0;
   } else if (PyFloat_Check(object)) {
     value = PyFloat_AS_DOUBLE(object);
+    if (!PyFloat_CheckExact(object)) return true;  // a subclass may hold on to anything
   } else if (PyLong_CheckExact(object)) {
     value = PyLong_AsDouble(object);
     if (value == -1 && PyErr_Occurred()) throw python_error();
@@ -184,19 +187,34 @@ void Walker::read_group(PyObject* dict, std::size_t number, Group& group) {
   if (number == groups_.size()) groups_.emplace_back();
   GroupMemory& memory = groups_[number];
   memory.seen.resize(static_cast<std::size_t>(rule_.hyper_count));
-  group.readable = true;
+  group.dict = dict;
+  group.readable = read_flag(value_of(maximize_, dict), group.maximize);
   for (int i = 0; i < rule_.hyper_count; ++i) {
     const std::size_t at = static_cast<std::size_t>(i);
-    PyObject* option = value_of(hyper_keys_[at], dict);
-    if (read_number(option, rule_.hypers[i].kind, memory.seen[at], group.hypers[i])) continue;
-    group.readable = false;
-    check_option(number, rule_.hypers[i].name, option);
-    group.is_complex |= PyComplex_Check(option);
+    group.readable &= read_number(value_of(hyper_keys_[at], dict), rule_.hypers[i].kind,
+                                  memory.seen[at], group.hypers[i]);
   }
-  group.maximize = truth(value_of(maximize_, dict));
   if (!group.readable) return;
   group.structure = rule_.structure(group.hypers);
   group.states = rule_.state_count(group.structure);
+}
+
+// Refuses options that stock's arithmetic would refuse halfway through the step of a parameter.
+void Walker::refuse_options(const Place& place, PyObject* group, PyObject* param) {
+  for (int i = 0; i < rule_.hyper_count; ++i) {
+    if (rule_.hypers[i].kind == Hyper::kFlag) continue;
+    const char* name = rule_.hypers[i].name;
+    PyObject* option = value_of(hyper_keys_[static_cast<std::size_t>(i)], group);
+    if (THPVariable_Check(option)) {
+      TORCH_CHECK_VALUE(tensor_of(option).numel() == 1, "param_groups[", place.group, "]['", name,
+                        "']: Tensor ", name, " must be 1-element");
+    } else {
+      TORCH_CHECK_TYPE(PyNumber_Check(option), "param_groups[", place.group, "]['", name,
+                       "'] must be a number, not ", Py_TYPE(option)->tp_name);
+    }
+    TORCH_CHECK(!PyComplex_Check(option) || tensor_of(param).is_complex(), at_place(place),
+                ": For non-complex input tensors, argument alpha must not be a complex number.");
+  }
 }
 
 // What a GradScaler leaves on an optimizer that does its own unscaling; false where it is
@@ -235,8 +253,7 @@ bool Walker::plan_param(const Place& place, Group& group, PyObject* param, Path&
   path.grad = &grad;
   if (!grad.defined()) return true;
   if (!group.readable) {
-    TORCH_CHECK(!group.is_complex || tensor_of(param).is_complex(), at_place(place),
-                ": For non-complex input tensors, argument alpha must not be a complex number.");
+    refuse_options(place, group.dict, param);
     return false;
   }
   PyObject* grad_object = object_in(*grad.unsafeGetTensorImpl()->pyobj_slot());
@@ -284,19 +301,39 @@ bool Walker::plan_param(const Place& place, Group& group, PyObject* param, Path&
   return false;
 }
 
+// Whatever becomes of a step, nothing of it may keep tensors alive.
+struct Walker::Cleanup {
+  Walker& walker;
+  ~Cleanup() {
+    walker.creations_.clear();
+    walker.left_.clear();
+    walker.plan_.release();
+    walker.zero_plan_.release();
+  }
+};
+
+bool Walker::all_to_stock() {
+  routes_.clear();
+  return false;
+}
+
 bool Walker::step(PyObject* optimizer) {
   const Busy guard(busy);
+  const Cleanup cleanup{*this};
   routes_.clear();
   plan_.begin();
-  creations_.clear();
-  left_.clear();
   PyObject* attributes = attributes_of(optimizer);
-  PyObject* groups = value_of(param_groups_, attributes);
-  PyObject* state = value_of(state_, attributes);
-  PyObject* differentiable = optional_value_of(differentiable_, value_of(defaults_, attributes));
-  if (!PyList_Check(groups) || !PyDict_Check(state)) return false;
-  if (differentiable != nullptr && truth(differentiable)) return false;
-  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
+  const Ref groups_kept = Ref::borrow(optional_value_of(param_groups_, attributes));
+  const Ref state_kept = Ref::borrow(optional_value_of(state_, attributes));
+  PyObject *groups = groups_kept.get(), *state = state_kept.get();
+  PyObject* defaults = optional_value_of(defaults_, attributes);
+  if (groups == nullptr || !PyList_Check(groups)) return false;
+  if (state == nullptr || !PyDict_Check(state)) return false;
+  if (defaults == nullptr || !PyDict_Check(defaults)) return false;
+  PyObject* differentiable = optional_value_of(differentiable_, defaults);
+  bool differentiates = false;
+  if (differentiable != nullptr && !read_flag(differentiable, differentiates)) return false;
+  if (differentiates || c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
   bool skip = false;
   if (!read_scaling(attributes, skip)) return false;
   if (skip) return true;
@@ -305,9 +342,12 @@ bool Walker::step(PyObject* optimizer) {
   std::size_t number = 0;  // of a parameter, counted over all groups
   constexpr auto ahead = static_cast<Py_ssize_t>(kAhead);
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
-    PyObject* dict = PyList_GET_ITEM(groups, g);
-    PyObject* params = value_of(params_, dict);
-    if (!PyList_Check(params)) return routes_.clear(), false;
+    const Ref dict_kept = Ref::borrow(PyList_GET_ITEM(groups, g));
+    PyObject* dict = dict_kept.get();
+    if (!exact_dict(dict)) return all_to_stock();
+    const Ref params_kept = Ref::borrow(value_of(params_, dict));
+    PyObject* params = params_kept.get();
+    if (!PyList_Check(params)) return all_to_stock();
     Group group;
     read_group(dict, static_cast<std::size_t>(g), group);
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++number) {
@@ -327,19 +367,18 @@ bool Walker::step(PyObject* optimizer) {
       const bool taken =
           exact_tensor(param) ? plan_param({g, i}, group, param, paths_[number]) : !has_grad(param);
       if (taken) continue;
-      routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
+      routes_.resize(static_cast<std::size_t>(std::max(PyList_GET_SIZE(groups), g + 1)));
       leave_to_stock(static_cast<std::size_t>(g), i, param);
     }
   }
   // Duplicates and overlaps run in order. But where stock must take a part, or one parameter is to
   // get its first state twice, only stock knows the order: it takes all. So it does where what it
   // takes shares memory with what it does not.
-  if (plan_.ordered() && !(routes_.empty() && creations_.empty())) return routes_.clear(), false;
-  if (!left_.empty() && plan_.meets(left_)) return routes_.clear(), false;
+  if (plan_.ordered() && !(routes_.empty() && creations_.empty())) return all_to_stock();
+  if (!left_.empty() && plan_.meets(left_)) return all_to_stock();
   if (!routes_.empty()) return false;
   commit(state);
   plan_.run(true);
-  creations_.clear();
   return true;
 }
 
@@ -352,7 +391,7 @@ void Walker::leave_to_stock(std::size_t group, Py_ssize_t index, PyObject* param
     const std::uintptr_t bytes = tensor->storage().nbytes();
     if (bytes > 0) left_.push_back({begin, begin + bytes});
   };
-  if (!exact_tensor(param)) return;  // what a subclass holds is its own affair
+  if (!THPVariable_Check(param)) return;
   const c10::TensorImpl* tensor = tensor_of(param).unsafeGetTensorImpl();
   note(tensor);
   if (const at::Tensor* grad = grad_of(param)) note(grad->unsafeGetTensorImpl());
@@ -391,9 +430,9 @@ void Walker::store(PyObject* state, Creation& creation) {
     const Ref value = Ref::steal(checked(THPVariable_Wrap(creation.value[i])));
     if (PyDict_SetItem(creation.states.get(), key.name(), value.get()) != 0) throw python_error();
   }
-  if (enters && PyDict_SetItem(state, creation.param.get(), creation.states.get()) != 0) {
-    throw python_error();
-  }
+  if (!enters) return;
+  creation.entered = true;
+  if (PyDict_SetItem(state, creation.param.get(), creation.states.get()) != 0) throw python_error();
 }
 
 void Walker::undo(PyObject* state, Creation& creation) noexcept {
@@ -406,20 +445,22 @@ void Walker::undo(PyObject* state, Creation& creation) noexcept {
       PyDict_DelItem(creation.states.get(), name);
     }
   }
-  if (creation.states && PyDict_Size(creation.states.get()) == 0) {
-    PyDict_DelItem(state, creation.param.get());
-  }
+  if (creation.entered) PyDict_DelItem(state, creation.param.get());
   PyErr_Clear();
 }
 
 // --- zero_grad ----------------------------------------------------------------------------------
 
-void Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& others) {
+bool Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& others) {
   const Busy guard(busy);
+  const Cleanup cleanup{*this};
   zero_plan_.begin();
-  PyObject* groups = value_of(param_groups_, attributes_of(optimizer));
-  TORCH_CHECK_TYPE(PyList_Check(groups), "param_groups must be a list, not ",
-                   Py_TYPE(groups)->tp_name);
+  const Ref kept = Ref::borrow(optional_value_of(param_groups_, attributes_of(optimizer)));
+  PyObject* groups = kept.get();
+  if (groups == nullptr || !PyList_Check(groups)) return false;
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
+    if (!exact_dict(PyList_GET_ITEM(groups, g))) return false;
+  }
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
     const Ref params = Ref::steal(checked(PySequence_Fast(
         value_of(params_, PyList_GET_ITEM(groups, g)), "a group's params must be a sequence")));
@@ -434,6 +475,7 @@ void Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& 
     }
   }
   zero_plan_.run(false);
+  return true;
 }
 
 void Walker::zero(at::Tensor& grad) {

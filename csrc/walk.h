@@ -29,8 +29,10 @@ class Walker {
   bool step(PyObject* optimizer);
   const Routes& routes() const { return routes_; }
 
-  // Resets the gradients; appends to `others` the parameters that are not plain tensors.
-  void zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& others);
+  // Resets the gradients and returns true, with the parameters that are not plain tensors left in
+  // `others`; or does nothing and returns false, where the groups are kept in some way of their
+  // own.
+  bool zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& others);
 
   bool busy = false;  // a step of this optimizer is under way, in another thread or further up
 
@@ -56,10 +58,10 @@ class Walker {
   };
   // The options of one group at this step, and its rows of scalars so far.
   struct Group {
+    PyObject* dict;
     double hypers[kMaxHypers];
     bool maximize = false;
     bool readable = false;  // false: an option only stock can interpret
-    bool is_complex = false;
     int structure = 0, states = 0;
     Update update[2];  // of parameters at a later and at their first step
   };
@@ -67,16 +69,20 @@ class Walker {
   struct Creation {
     Ref param, states;  // the states' dict, or null where the parameter has none yet
     at::Tensor value[kMaxStates];
+    bool entered = false;    // into the optimizer's state, by this step
     Ref before[kMaxStates];  // what an existing dict held under the state's name
     int count = 0;
   };
 
   void read_group(PyObject* dict, std::size_t number, Group& group);
+  void refuse_options(const Place& place, PyObject* group, PyObject* param);
   bool read_number(PyObject* object, Hyper::Kind kind, Seen& seen, double& value);
   bool read_scaling(PyObject* attributes, bool& skip);
   [[gnu::always_inline]] inline bool plan_param(const Place& place, Group& group, PyObject* param,
                                                 Path& path);
   void zero(at::Tensor& grad);
+  struct Cleanup;
+  bool all_to_stock();
   void leave_to_stock(std::size_t group, Py_ssize_t index, PyObject* param);
   const Update& update_of(Group& group, bool first) {
     const Update& update = group.update[first ? 1 : 0];

@@ -58,6 +58,9 @@ class FusedStep(Optimizer):
         if others is None:  # someone profiles
             with record_function(f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"):
                 others = _C.zero_grad(self, set_to_none, True)
+        if others is NotImplemented:  # the groups are kept in some way of their own
+            super().zero_grad(set_to_none)
+            return
         for param in others or ():
             _reset_grad(param, set_to_none)
 
@@ -82,8 +85,8 @@ def _make_step(stock_step: Step) -> Step:
     @functools.wraps(stock_step)
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         if is_compiling():
-            with _unfused(self.param_groups):
-                return stock_step(self, *args, **kwargs)
+            # torch breaks the graph in there, and what called step() then calls it untraced.
+            return stock_step(self, *args, **kwargs)
         if not args and not kwargs and _C.step(self):
             return None
         return observed(self, *args, **kwargs)

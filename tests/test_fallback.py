@@ -644,3 +644,19 @@ def test_copies_of_strange_optimizers(row: Row) -> None:
         twins.each(give)
         twins.step()
         twins.check()
+
+
+@pytest.mark.parametrize("complex_first", [False, True])
+def test_memory_shared_by_a_complex_and_a_real_parameter(row: Row, complex_first: bool) -> None:
+    """One of two parameters over the same memory is for stock: then both are, in stock's order."""
+
+    def params() -> list[torch.Tensor]:
+        z = Parameter(torch.randn(131, dtype=torch.complex64))
+        real = torch.view_as_real(z.detach()).requires_grad_()
+        return [z, real] if complex_first else [real, z]
+
+    twins = Twins(row, params, **{**row.rich, "weight_decay": 0.1})
+    for _ in range(3):
+        twins.grads(lambda p: torch.randn_like(p.detach()))
+        twins.step()
+        twins.check()

@@ -486,7 +486,7 @@ FORK = """
     import os, signal, sys, torch
     from cases import OPTIMIZERS
     from oracle import assert_equal, all_params
-    torch.set_num_threads(4)
+    torch.set_num_threads(2)  # no more than the machine has, or nothing is parallel
 
     def make(cls, row, **more):
         torch.manual_seed(0)
@@ -501,7 +501,7 @@ FORK = """
         ours.step(); stock.step()
     # torch's own parallel code hangs in a forked child, so the right answer is made before.
     stock.step(); stock.step()
-    torch.set_num_threads(4)
+    torch.set_num_threads(2)
     pid = os.fork()
     if pid == 0:
         signal.alarm(60)
