@@ -15,10 +15,33 @@
 namespace fastsgd {
 namespace {
 
-constexpr const char* kCapsule = "fastsgd.Walker";
+// The Python object that holds an optimizer's walker.
+struct Holder {
+  PyObject_HEAD Walker* walker;
+};
 
-void delete_walker(PyObject* capsule) {
-  delete static_cast<Walker*>(PyCapsule_GetPointer(capsule, kCapsule));
+void delete_holder(PyObject* self) {
+  PyTypeObject* type = Py_TYPE(self);
+  delete reinterpret_cast<Holder*>(self)->walker;
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+// A walker is no state: its copy, deep or pickled, is None, and means that one is still to be made.
+PyObject* reduce_to_none(PyObject*, PyObject*) {
+  return Py_BuildValue("(O())", reinterpret_cast<PyObject*>(Py_TYPE(Py_None)));
+}
+
+PyTypeObject* holder_type() {
+  static PyMethodDef methods[] = {{"__reduce__", reduce_to_none, METH_NOARGS, nullptr},
+                                  {nullptr, nullptr, 0, nullptr}};
+  static PyType_Slot slots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(delete_holder)},
+                                {Py_tp_methods, methods},
+                                {0, nullptr}};
+  static PyType_Spec spec = {"fastsgd._C.Walker", sizeof(Holder), 0,
+                             Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
+  static PyObject* const type = PyType_FromSpec(&spec);
+  return reinterpret_cast<PyTypeObject*>(type);
 }
 
 PyObject* checked(PyObject* object) {
@@ -43,24 +66,25 @@ class Borrowed {
     // Never destroyed: that would be after the interpreter.
     static DictKey& key = *new DictKey("_fastsgd_walker");
     const Ref attributes = Ref::steal(checked(PyObject_GenericGetDict(optimizer, nullptr)));
-    if (PyObject* found = key.in(attributes.get())) {
-      capsule_ = Ref::borrow(found);
-      walker_ = static_cast<Walker*>(PyCapsule_GetPointer(found, kCapsule));
-      if (walker_ == nullptr) throw python_error();
+    PyObject* found = key.in(attributes.get());
+    PyTypeObject* type = holder_type();
+    if (found != nullptr && Py_TYPE(found) == type) {
+      holder_ = Ref::borrow(found);
+      walker_ = reinterpret_cast<Holder*>(found)->walker;
       if (!walker_->busy) return;
       lent_ = new_walker(optimizer);
       walker_ = lent_.get();
       return;
     }
     auto made = new_walker(optimizer);
-    capsule_ = Ref::steal(checked(PyCapsule_New(made.get(), kCapsule, delete_walker)));
-    walker_ = made.release();
-    if (PyDict_SetItem(attributes.get(), key.name(), capsule_.get()) != 0) throw python_error();
+    holder_ = Ref::steal(checked(type->tp_alloc(type, 0)));
+    walker_ = reinterpret_cast<Holder*>(holder_.get())->walker = made.release();
+    if (PyDict_SetItem(attributes.get(), key.name(), holder_.get()) != 0) throw python_error();
   }
   Walker* operator->() const { return walker_; }
 
  private:
-  Ref capsule_;  // keeps the walker while it works
+  Ref holder_;  // keeps the walker while it works
   std::unique_ptr<Walker> lent_;
   Walker* walker_ = nullptr;
 };
