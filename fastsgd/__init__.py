@@ -19,4 +19,8 @@ def cuda_available() -> bool:
 
     Without them CUDA parameters are stepped by torch's own code.
     """
-    return False
+    import torch
+
+    from fastsgd._build_info import CUDA_SOURCES
+
+    return bool(CUDA_SOURCES) and torch.cuda.is_available()

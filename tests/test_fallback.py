@@ -660,3 +660,41 @@ def test_memory_shared_by_a_complex_and_a_real_parameter(row: Row, complex_first
         twins.grads(lambda p: torch.randn_like(p.detach()))
         twins.step()
         twins.check()
+
+
+def test_memory_shared_with_a_parameter_of_a_subclass(row: Row) -> None:
+    """A subclass is for stock; what shares its memory is too, in stock's order."""
+
+    def params() -> list[torch.Tensor]:
+        a = Parameter(torch.randn(64))
+        return [a, a.detach().view(64).as_subclass(Logged).requires_grad_()]
+
+    twins = Twins(row, params, **{**row.rich, "weight_decay": 0.1})
+    for _ in range(3):
+        twins.grads(lambda p: torch.randn(64))
+        for optimizer in twins.sides:
+            optimizer.step()
+        ours, stock = (all_params(side)[0].detach() for side in twins.sides)
+        assert_equal(ours, stock)
+
+
+def test_groups_of_another_type(row: Row) -> None:
+    """A group may be any mapping with items of its own making; stock's code reads those."""
+
+    class Doubled(dict):
+        def __getitem__(self, key: str) -> Any:
+            value = super().__getitem__(key)
+            return 2 * value if key == "lr" else value
+
+    twins = Twins(row, parameters((131,), (70,)), **row.plain)
+    for optimizer in twins.sides:
+        optimizer.param_groups = (Doubled(optimizer.param_groups[0]),)
+    for _ in range(2):
+        twins.grads()
+        for optimizer in twins.sides:
+            optimizer.step()
+        for p, q in twins.pairs():
+            assert_equal(p.detach(), q.detach())
+    for optimizer in twins.sides:
+        optimizer.zero_grad()
+        assert all(p.grad is None for p in all_params(optimizer))

@@ -570,3 +570,92 @@ def test_import_in_a_fresh_interpreter_without_numpy(row: Row) -> None:
         assert float(p[0].detach()) < 1
         """
     )
+
+
+# Python code that runs in the middle of a step.
+
+
+class Nosy(Parameter):
+    """A parameter that does something when it is asked for its grad."""
+
+    on_grad = None
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """Call ``on_grad`` before answering."""
+        if func is Parameter.grad.__get__ and cls.on_grad is not None:
+            cls.on_grad()
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_grads_freed_in_the_middle_of_a_step(row: Row) -> None:
+    """A parameter of a subclass drops the grads of those before it, which were planned already."""
+    params = [Parameter(torch.randn(3000)) for _ in range(50)]
+    nosy = Nosy(torch.randn(5))
+    optimizer = row.ours([*params, nosy], **row.rich)
+    for p in params:
+        p.grad = torch.randn(3000)
+    optimizer.step()
+
+    def drop() -> None:
+        for p in params:
+            p.grad = None
+        [torch.full((3000,), float("nan")) for _ in range(100)]
+
+    Nosy.on_grad = staticmethod(drop)
+    try:
+        optimizer.step()
+    finally:
+        Nosy.on_grad = None
+    assert all(p.isfinite().all() for p in params)
+
+
+def test_nothing_is_kept_after_a_step_that_raised(row: Row) -> None:
+    """An optimizer whose step raised, and its parameters, are freed when they are let go."""
+    import gc
+    import weakref
+
+    good, bad = Parameter(torch.randn(5)), Parameter(torch.randn(3))
+    good.grad, bad.grad = torch.randn(5), torch.randn(3)
+    bad.data = torch.randn(4)
+    optimizer = row.ours([good, bad], **row.rich)
+    good.owners = [optimizer]
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    reference = weakref.ref(optimizer)
+    del optimizer, good, bad
+    gc.collect()
+    assert reference() is None
+
+
+def test_options_of_a_group_without_grads(row: Row) -> None:
+    """Nobody computes with them, so nobody minds them."""
+    twins = Twins(row, lambda: [Parameter(torch.randn(n)) for n in (17, 5)], **row.plain)
+    for optimizer in twins.sides:
+        p, q = all_params(optimizer)
+        optimizer.param_groups[0]["params"] = [p]
+        optimizer.add_param_group({"params": [q]})
+        optimizer.param_groups[1]["lr"] = None
+        p.grad = torch.ones(17)
+        optimizer.step()
+    twins.check()
+
+
+def test_a_copy_of_the_attributes(row: Row) -> None:
+    """A subclass may pickle and copy all attributes, what the step remembers included."""
+    import copy
+    import pickle
+
+    p = Parameter(torch.randn(17))
+    p.grad = torch.randn(17)
+    optimizer = row.ours([p], **row.rich)
+    optimizer.step()
+    attributes = {k: v for k, v in vars(optimizer).items() if k != "step"}
+    pickle.dumps(attributes)
+    clone = row.ours.__new__(row.ours)
+    clone.__dict__.update(copy.deepcopy(attributes))
+    q = all_params(clone)[0]
+    q.grad = p.grad.clone()
+    for each in (optimizer, clone):
+        each.step()
+    assert_equal(p.detach(), q.detach())
