@@ -9,6 +9,8 @@
 #include <string>
 
 #include "cpu/engine.h"
+#include "plain.h"
+#include "pytensor.h"
 #include "rules/table.h"
 #include "walk.h"
 
@@ -42,11 +44,6 @@ PyTypeObject* holder_type() {
                              Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
   static PyObject* const type = PyType_FromSpec(&spec);
   return reinterpret_cast<PyTypeObject*>(type);
-}
-
-PyObject* checked(PyObject* object) {
-  if (object == nullptr) throw python_error();
-  return object;
 }
 
 std::unique_ptr<Walker> new_walker(PyObject* optimizer) {
@@ -142,6 +139,7 @@ PyMethodDef methods[] = {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "fastsgd's fused steps.";
   fastsgd::watch_forks();
+  fastsgd::plain();  // learned now: at a step, a mode may be on that makes other tensors
   if (PyModule_AddFunctions(module.ptr(), fastsgd::methods) != 0) throw py::error_already_set();
   module.def(
       "instruction_set", [] { return std::string(fastsgd::kernels().instruction_set); },

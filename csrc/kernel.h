@@ -20,8 +20,7 @@ inline constexpr int kMaxStreams = kState + kMaxStates;
 struct Run {
   char* stream[kMaxStreams];
   std::int64_t count;
-  std::int32_t streams;
-  bool writes_grad;
+  std::uint32_t traits;  // a note of whoever made it; no kernel reads it
 };
 
 // Updates `runs` runs whose elements are stored alike and whose scalars are the same.

@@ -5,8 +5,6 @@
 #include <ATen/ops/empty_strided.h>
 #include <Python.h>
 
-#include "prefetch.h"
-
 namespace fastsgd {
 namespace {
 
@@ -26,11 +24,6 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
-char* data_of(c10::StorageImpl& storage, bool written) {
-  // A storage that is copied lazily is copied by the first line.
-  return static_cast<char*>(written ? storage.mutable_data() : const_cast<void*>(storage.data()));
-}
-
 // A tensor for a state, its memory laid out as stock's operators would lay it out.
 at::Tensor new_state(StateLike like, c10::TensorImpl& param, c10::TensorImpl& grad) {
   const at::Tensor g(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&grad));
@@ -47,9 +40,10 @@ bool written(const Update& update, int stream) { return stream != kGrad || updat
 }  // namespace
 
 void Plan::begin() {
-  used_ = owners_used_ = written_used_ = layouts_used_ = 0;
+  used_ = owners_used_ = layouts_used_ = 0;
   bytes_ = 0;
   spans_.clear();
+  span_kernel_ = nullptr;
   rows_.clear();
   release();
 }
@@ -62,116 +56,31 @@ std::int32_t Plan::add_row(const Row& row) {
 // --- adding -------------------------------------------------------------------------------------
 
 void Plan::grow() {
-  reserved_ = 2 * reserved_ + 8;
-  runs_.resize(reserved_);
-  owners_.resize(reserved_ * kMaxStreams);
-  written_.resize(reserved_ * kMaxStreams);
+  const std::size_t runs = 2 * runs_.size() + 8;
+  runs_.resize(runs);
+  owners_.resize((runs + kAhead) * kMaxStreams);
 }
 
-inline void Plan::count_in(const Update& update, Kernel kernel, const Layout* layout, int item_size,
-                           int streams) {
-  const Owner* owners = &owners_[owners_used_];
-  if (retaining_) [[unlikely]]
-    retain(owners_used_, streams);
-  bytes_ += runs_[used_].count * item_size * streams;
-  for (int s = 0; s < streams; ++s) {
-    if (written(update, s)) written_[written_used_++] = owners[s].tensor;
-  }
-  owners_used_ += static_cast<std::size_t>(streams);
-  const auto number = static_cast<std::int64_t>(used_++);
-  if (Span* last = spans_.empty() ? nullptr : &spans_.back();
-      last && last->kernel == kernel && last->row == update.row && !last->layout && !layout) {
-    last->end = number + 1;
-    return;
-  }
-  spans_.push_back({kernel, layout, update.row, static_cast<std::int16_t>(item_size),
-                    static_cast<std::int16_t>(streams), number, number + 1});
+bool Plan::add_unusual(const Update& update, Place place, const Subject& subject) {
+  return check_kinds(place, *update.rule, subject, update.writes_grad) &&
+         add_checked(update, place, subject);
 }
 
-FASTSGD_PREFETCHING void Plan::fetch_ahead(int streams) const {
-  const std::size_t ahead = owners_used_ + kAhead * static_cast<std::size_t>(streams);
-  if (ahead + static_cast<std::size_t>(streams) > owners_.size()) return;
-  for (int s = 0; s < streams; ++s) {
-    const Owner& owner = owners_[ahead + static_cast<std::size_t>(s)];
-    prefetch<sizeof(c10::TensorImpl)>(owner.tensor);
-    prefetch<56>(owner.storage);  // up to its size
-  }
-}
-
-// The usual case, in few instructions: every tensor plain, contiguous, of one dtype and one shape,
-// its storage large enough and its own. False where anything differs.
-template <int kStreams>
-bool Plan::add_usual(const Update& update, const Subject& subject) {
-  reserve();
-  fetch_ahead(kStreams);
-  // All is read, and compared with the parameter's, before anything is noted down.
-  const c10::TensorImpl& param = *subject.tensor[kParam];
-  const caffe2::TypeMeta dtype = param.dtype();
-  const at::IntArrayRef sizes = param.sizes();
-  const auto type = storage_type(param);
-  const std::int64_t count = param.numel();
-  if (!type || count == 0) [[unlikely]]
-    return false;
-  const std::int64_t item_size = item_size_of(*type), bytes = count * item_size;
-  const bool writes_grad = update.writes_grad;
-  char* stream[kStreams];
-  c10::StorageImpl* storage[kStreams];
-#pragma GCC unroll 8
-  for (int s = 0; s < kStreams; ++s) {
-    const c10::TensorImpl& tensor = *subject.tensor[s];
-    if (tensor.key_set().raw_repr() != plain_keys_ || !tensor.is_contiguous()) [[unlikely]] {
-      return false;
-    }
-    if (s != kParam && (tensor.dtype() != dtype || !same_sizes(tensor.sizes(), sizes)))
-        [[unlikely]] {
-      return false;
-    }
-    storage[s] = tensor.unsafe_storage().unsafeGetStorageImpl();
-    const std::int64_t offset = tensor.storage_offset() * item_size;
-    if (static_cast<std::int64_t>(storage[s]->nbytes()) < offset + bytes) [[unlikely]]
-      return false;
-    stream[s] = data_of(*storage[s], s != kGrad || writes_grad) + offset;
-#pragma GCC unroll 8
-    for (int t = 0; t < s; ++t) {
-      if (stream[s] < stream[t] + bytes && stream[t] < stream[s] + bytes) [[unlikely]]
-        return false;
-    }
-  }
-
-  Run& run = runs_[used_];
-  Owner* owners = &owners_[owners_used_];
-  bool moved = (run.streams != kStreams) | (run.writes_grad != writes_grad);
-#pragma GCC unroll 8
-  for (int s = 0; s < kStreams; ++s) {
-    moved |= (run.stream[s] != stream[s]) | (owners[s].bytes != bytes);
-    run.stream[s] = stream[s];
-    owners[s].tensor = subject.tensor[s];
-    owners[s].storage = storage[s];
-    owners[s].bytes = bytes;
-  }
-  run.count = count;
-  run.streams = kStreams;
-  run.writes_grad = writes_grad;
-  moved_ |= moved;
-  count_in(update, update.kernels[static_cast<int>(*type)], nullptr, static_cast<int>(item_size),
-           kStreams);
-  return true;
-}
-
-template bool Plan::add_usual<2>(const Update&, const Subject&);
-template bool Plan::add_usual<3>(const Update&, const Subject&);
-
-bool Plan::add_unusual(const Update& update, const Place& place, Subject& subject,
-                       at::Tensor* created) {
-  reserve();
+bool Plan::add_creating(const Update& update, Place place, Subject& subject, at::Tensor* created) {
   if (!check_kinds(place, *update.rule, subject, update.writes_grad)) return false;
-  const c10::TensorImpl& param = *subject.tensor[kParam];
   for (int s = kState; s < subject.streams; ++s) {
     if (subject.tensor[s] != nullptr) continue;
     created[s - kState] =
         new_state(update.state_like, *subject.tensor[kParam], *subject.tensor[kGrad]);
     subject.tensor[s] = created[s - kState].unsafeGetTensorImpl();
   }
+  return add_checked(update, place, subject);
+}
+
+// Adds tensors of one dtype and one shape, whatever their layouts.
+bool Plan::add_checked(const Update& update, Place place, const Subject& subject) {
+  reserve();
+  const c10::TensorImpl& param = *subject.tensor[kParam];
   const std::int64_t count = param.numel();
   if (count == 0) return true;
 
@@ -181,40 +90,59 @@ bool Plan::add_unusual(const Update& update, const Place& place, Subject& subjec
   Layout& layout = layouts_[layouts_used_];
   if (!flat && !lay_out(update, place, subject, layout)) return false;
 
-  const std::int16_t item_size = item_size_of(*storage_type(param));
-  Run& run = runs_[used_];
+  const int type = static_cast<int>(*storage_type(param));
+  const std::int64_t item_size = kItemSizes[type];
+  const Traits traits(subject.streams, item_size, update.writes_grad, !flat);
+  Run run;
   Owner* owners = &owners_[owners_used_];
   run.count = count;
-  run.streams = subject.streams;
-  run.writes_grad = update.writes_grad;
+  std::int64_t bytes[kMaxStreams];
   for (int s = 0; s < subject.streams; ++s) {
     c10::TensorImpl& tensor = *subject.tensor[s];
     c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
-    const std::int64_t bytes = (flat ? count : layout.extent(s)) * item_size;
+    bytes[s] = (flat ? count : layout.extent(s)) * item_size;
     const std::int64_t offset = tensor.storage_offset() * item_size;
-    if (static_cast<std::int64_t>(storage->nbytes()) < offset + bytes) {
+    if (static_cast<std::int64_t>(storage->nbytes()) < offset + bytes[s]) {
       storage_too_small(place, *update.rule, s, tensor);
     }
     run.stream[s] = data_of(*storage, written(update, s)) + offset;
-    owners[s] = {&tensor, storage, bytes};
+    owners[s] = {&tensor, storage};
     // Streams of one parameter that share memory: only stock's order of passes gives its result.
     for (int t = 0; t < s; ++t) {
-      if (run.stream[s] < run.stream[t] + owners[t].bytes &&
-          run.stream[t] < run.stream[s] + bytes) {
-        return false;
-      }
+      if (meet(run.stream[s], bytes[s], run.stream[t], bytes[t])) return false;
     }
   }
   if (!flat) ++layouts_used_;
-  count_in(update, update.kernels[static_cast<int>(*storage_type(param))], flat ? nullptr : &layout,
-           item_size, subject.streams);
+  run.traits = traits.number;
+  runs_[used_] = run;
+  moved_ = true;
+  if (!flat || update.kernels[type] != span_kernel_ || update.row != span_row_) {
+    begin_span(update.kernels[type], update.row, flat ? nullptr : &layout, traits);
+  }
+  count_in(count * item_size, subject.streams);
   return true;
+}
+
+// Begins a span with the next run; it ends where another begins.
+void Plan::begin_span(Kernel kernel, std::int32_t row, const Layout* layout, Traits traits) {
+  const auto first = static_cast<std::int64_t>(used_);
+  spans_.push_back({kernel, layout, row, static_cast<std::int16_t>(traits.item_size()),
+                    static_cast<std::int16_t>(traits.streams()), first, first});
+  span_kernel_ = layout == nullptr ? kernel : nullptr;
+  span_row_ = row;
+}
+
+void Plan::end_spans() {
+  auto end = static_cast<std::int64_t>(used_);
+  for (auto span = spans_.rbegin(); span != spans_.rend(); ++span) {
+    span->end = end;
+    end = span->first;
+  }
 }
 
 // Finds the one order in which to visit streams that are laid out differently, and checks that what
 // is written is written once. False for stock's path.
-bool Plan::lay_out(const Update& update, const Place& place, const Subject& subject,
-                   Layout& layout) {
+bool Plan::lay_out(const Update& update, Place place, const Subject& subject, Layout& layout) {
   const c10::TensorImpl& param = *subject.tensor[kParam];
   if (param.dim() > kMaxDims) return false;
   layout.dims = static_cast<int>(param.dim());
@@ -235,7 +163,7 @@ bool Plan::lay_out(const Update& update, const Place& place, const Subject& subj
 
 bool Plan::add_zero(const at::Tensor& grad) {
   c10::TensorImpl& tensor = *grad.unsafeGetTensorImpl();
-  if (tensor.key_set().raw_repr() != plain_keys_ || !tensor.is_non_overlapping_and_dense()) {
+  if (Fields::keys(tensor) != plain_.keys || !tensor.is_non_overlapping_and_dense()) {
     return false;
   }
   if (tensor.numel() == 0) return true;
@@ -246,25 +174,32 @@ bool Plan::add_zero(const at::Tensor& grad) {
   if (static_cast<std::int64_t>(storage->nbytes()) < offset + bytes) return false;
   if (rows_.empty()) rows_.emplace_back();
   reserve();
-  runs_[used_].stream[kParam] = static_cast<char*>(storage->mutable_data()) + offset;
+  runs_[used_].stream[kParam] = data_of(*storage, true) + offset;
   runs_[used_].count = bytes;
-  runs_[used_].streams = 1;
-  owners_[owners_used_] = {&tensor, storage, bytes};
-  count_in({nullptr, nullptr, 0, false}, zero, nullptr, 1, 1);
+  const Traits traits(1, 1, false, false);
+  runs_[used_].traits = traits.number;
+  owners_[owners_used_] = {&tensor, storage};
+  if (spans_.empty()) begin_span(zero, 0, nullptr, traits);
+  count_in(bytes, 1);
   return true;
 }
 
 // --- running ------------------------------------------------------------------------------------
 
 void Plan::collect_ranges() {
+  end_spans();
   writes_.clear();
   reads_.clear();
-  const Owner* owner = owners_.data();
-  for (std::size_t i = 0; i < used_; ++i) {
-    for (int s = 0; s < runs_[i].streams; ++s, ++owner) {
-      const auto begin = reinterpret_cast<std::uintptr_t>(runs_[i].stream[s]);
-      const Range range{begin, begin + static_cast<std::uintptr_t>(owner->bytes)};
-      (s != kGrad || runs_[i].writes_grad ? writes_ : reads_).push_back(range);
+  for (const Span& span : spans_) {
+    for (std::int64_t r = span.first; r < span.end; ++r) {
+      const Run& run = runs_[static_cast<std::size_t>(r)];
+      const bool writes_grad = Traits(run).writes_grad();
+      for (int s = 0; s < span.streams; ++s) {
+        const std::int64_t items = span.layout != nullptr ? span.layout->extent(s) : run.count;
+        const auto begin = reinterpret_cast<std::uintptr_t>(run.stream[s]);
+        const Range range{begin, begin + static_cast<std::uintptr_t>(items * span.item_size)};
+        (s != kGrad || writes_grad ? writes_ : reads_).push_back(range);
+      }
     }
   }
 }
@@ -285,18 +220,17 @@ bool Plan::meets(std::vector<Range>& others) {
   return any_meet(others, writes_) || any_meet(others, reads_);
 }
 
-void Plan::retain(std::size_t first_owner, int streams) {
-  for (int s = 0; s < streams; ++s) {
-    const Owner& owner = owners_[first_owner + static_cast<std::size_t>(s)];
-    retained_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(owner.tensor));
-    storages_.push_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(owner.storage));
+void Plan::retain(std::size_t first_owner, std::size_t owners) {
+  for (std::size_t i = first_owner; i < first_owner + owners; ++i) {
+    retained_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(owners_[i].tensor));
+    storages_.push_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(owners_[i].storage));
   }
 }
 
 void Plan::retain() {
   if (retaining_) return;
   retaining_ = true;
-  retain(0, static_cast<int>(owners_used_));
+  retain(0, owners_used_);
 }
 
 void Plan::retain_storages() {
@@ -311,8 +245,19 @@ void Plan::release() {
   storages_.clear();
 }
 
+void Plan::bump_versions() const {
+  const Owner* owner = owners_.data();
+  for (std::size_t i = 0; i < used_; ++i) {
+    const Traits traits(runs_[i]);
+    for (int s = 0; s < traits.streams(); ++s, ++owner) {
+      if (s != kGrad || traits.writes_grad()) owner->tensor->bump_version();
+    }
+  }
+}
+
 void Plan::run(bool needs_order) {
-  for (std::size_t i = 0; i < written_used_; ++i) written_[i]->bump_version();
+  end_spans();
+  bump_versions();
   const bool in_order = needs_order && ordered();
   const bool without_gil = bytes_ >= kWorthTheGil;
   if (without_gil && !retaining_) retain_storages();  // kernels know nothing but their memory

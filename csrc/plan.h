@@ -12,6 +12,8 @@
 #include "cpu/engine.h"
 #include "kernel.h"
 #include "layout.h"
+#include "plain.h"
+#include "prefetch.h"
 #include "tensors.h"
 
 namespace fastsgd {
@@ -33,15 +35,14 @@ class Plan {
   // Adds scalars, and returns the number by which an Update names them.
   std::int32_t add_row(const Row& row);
 
-  // Adds the update of a parameter and returns true; or false where only stock's path can take it.
-  // Throws, naming `place` and the tensor, where stock could not either. The states that are
-  // missing are allocated into `created`, which is null where none are.
-  bool add(const Update& update, const Place& place, Subject& subject, at::Tensor* created) {
-    if (created == nullptr && subject.streams == 2 && add_usual<2>(update, subject)) return true;
-    if (created == nullptr && subject.streams == 3 && add_usual<3>(update, subject)) return true;
-    moved_ = true;  // what follows may write to the place of another run, and then refuse
-    return add_unusual(update, place, subject, created);
+  // Adds the update of a parameter with `kStates` states and returns true; or false where only
+  // stock's path can take it. Throws, naming `place` and the tensor, where stock could not either.
+  template <int kStates>
+  [[gnu::always_inline]] bool add(const Update& update, Place place, const Subject& subject) {
+    return add_usual<kState + kStates>(update, subject) || add_unusual(update, place, subject);
   }
+  // The same for a parameter that lacks states: they are allocated into `created`.
+  bool add_creating(const Update& update, Place place, Subject& subject, at::Tensor* created);
 
   // Adds a gradient to set to zero; false if its memory has gaps or is not plain.
   bool add_zero(const at::Tensor& grad);
@@ -65,42 +66,55 @@ class Plan {
   void run(bool needs_order);
 
  private:
-  // The objects behind one stream of one run, and its bytes from the first element to the last.
+  // What a run is of, in one number. Runs of the same memory and the same traits are the same work.
+  struct Traits {
+    std::uint32_t number;
+    explicit Traits(const Run& run) : number(run.traits) {}
+    Traits(int streams, std::int64_t item_size, bool writes_grad, bool laid_out)
+        : number(static_cast<std::uint32_t>(streams | item_size << 8 | writes_grad << 16 |
+                                            laid_out << 17)) {}
+    int streams() const { return number & 0xff; }
+    int item_size() const { return number >> 8 & 0xff; }
+    bool writes_grad() const { return (number >> 16 & 1) != 0; }
+  };
+  // The objects behind one stream of one run.
   struct Owner {
     c10::TensorImpl* tensor;
     c10::StorageImpl* storage;
-    std::int64_t bytes;
   };
 
   template <int kStreams>
-  [[gnu::noinline]] bool add_usual(const Update& update, const Subject& subject);
-  bool add_unusual(const Update& update, const Place& place, Subject& subject, at::Tensor* created);
-  bool lay_out(const Update& update, const Place& place, const Subject& subject, Layout& layout);
-  void count_in(const Update& update, Kernel kernel, const Layout* layout, int item_size,
-                int streams);
+  [[gnu::always_inline]] inline bool add_usual(const Update& update, const Subject& subject);
+  bool add_unusual(const Update& update, Place place, const Subject& subject);
+  bool add_checked(const Update& update, Place place, const Subject& subject);
+  bool lay_out(const Update& update, Place place, const Subject& subject, Layout& layout);
+  inline void count_in(std::int64_t bytes, int streams);
+  void begin_span(Kernel kernel, std::int32_t row, const Layout* layout, Traits traits);
   void reserve() {
-    if (used_ == reserved_) grow();
+    if (used_ == runs_.size()) [[unlikely]]
+      grow();
   }
+  void end_spans();
   void grow();
-  void fetch_ahead(int streams) const;
-  void retain(std::size_t first_owner, int streams);
+  void retain(std::size_t first_owner, std::size_t owners);
   void retain_storages();
+  void collect_ranges();
+  void bump_versions() const;
 
-  // Of the runs, the first `used_` are this step's, and the next is written in place before it
-  // counts; likewise the owners, one for each stream of each run. What follows is left from the
-  // last step: it says what to fetch ahead, and whether anything moved.
+  // Of the runs, the first `used_` are this step's; likewise of the owners, one for each stream of
+  // each run. What follows is left from the last step: it says what to fetch ahead, and whether
+  // anything moved.
   std::vector<Run> runs_;
   std::vector<Owner> owners_;
-  std::vector<c10::TensorImpl*> written_;
-  std::size_t used_ = 0, owners_used_ = 0, written_used_ = 0, reserved_ = 0;
+  std::size_t used_ = 0, owners_used_ = 0;
   std::vector<Span> spans_;
+  Kernel span_kernel_ = nullptr;  // of the last span, if the next run could join it
+  std::int32_t span_row_ = -1;
   std::vector<Row> rows_;
   std::deque<Layout> layouts_;  // a deque: spans point into it while it grows
   std::size_t layouts_used_ = 0;
   std::int64_t bytes_ = 0;
-  const std::uint64_t plain_keys_ = plain_keys();
-
-  void collect_ranges();
+  const Plain plain_ = plain();
 
   bool moved_ = true;  // a run is another than at the last step
   bool ordered_ = false;
@@ -111,5 +125,89 @@ class Plan {
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> retained_;
   std::vector<c10::intrusive_ptr<c10::StorageImpl>> storages_;
 };
+
+// The address of what a storage holds. One that is copied lazily is copied before it is written.
+inline char* data_of(c10::StorageImpl& storage, bool written) {
+  return static_cast<char*>(written ? storage.mutable_data() : const_cast<void*>(storage.data()));
+}
+
+inline bool meet(const char* a, std::int64_t bytes_of_a, const char* b, std::int64_t bytes_of_b) {
+  return a < b + bytes_of_b && b < a + bytes_of_a;
+}
+
+// Counts in a run that has been written to its place, of the span that was begun last.
+void Plan::count_in(std::int64_t bytes, int streams) {
+  if (retaining_) [[unlikely]]
+    retain(owners_used_, static_cast<std::size_t>(streams));
+  bytes_ += bytes * streams;
+  owners_used_ += static_cast<std::size_t>(streams);
+  ++used_;
+}
+
+// The usual case, in few instructions: every tensor plain, contiguous, of one dtype and one shape,
+// its storage large enough and its own. False where anything differs; then nothing is noted.
+template <int kStreams>
+bool Plan::add_usual(const Update& update, const Subject& subject) {
+  reserve();
+  Owner* owners = &owners_[owners_used_];
+#pragma GCC unroll 8
+  for (std::size_t s = 0; s < kStreams; ++s) {
+    const Owner& ahead = owners[kAhead * kStreams + s];
+    prefetch<sizeof(c10::TensorImpl)>(ahead.tensor);
+    prefetch<56>(ahead.storage);  // up to its size
+  }
+
+  const c10::TensorImpl& param = *subject.tensor[kParam];
+  const std::uint64_t form = plain_.form_of(param);
+  const int type = plain_.storage_of(form);
+  const std::int64_t count = Fields::count(param);
+  if (type == kStorages || count == 0) [[unlikely]]
+    return false;
+  const std::int64_t item_size = kItemSizes[type], bytes = count * item_size;
+  const at::IntArrayRef sizes = Fields::shape(param).sizes_arrayref();
+  char* stream[kStreams];
+  c10::StorageImpl* storage[kStreams];
+#pragma GCC unroll 8
+  for (int s = 0; s < kStreams; ++s) {
+    const c10::TensorImpl& tensor = *subject.tensor[s];
+    if (Fields::keys(tensor) != plain_.keys) [[unlikely]]
+      return false;
+    if (s != kParam && (plain_.form_of(tensor) != form ||
+                        !same_sizes(Fields::shape(tensor).sizes_arrayref(), sizes))) [[unlikely]] {
+      return false;
+    }
+    storage[s] = tensor.unsafe_storage().unsafeGetStorageImpl();
+    const std::int64_t offset = Fields::offset(tensor) * item_size;
+    if (static_cast<std::int64_t>(storage[s]->nbytes()) < offset + bytes) [[unlikely]]
+      return false;
+    stream[s] = data_of(*storage[s], s != kGrad || update.writes_grad) + offset;
+  }
+
+  Run& run = runs_[used_];
+  const Traits traits(kStreams, item_size, update.writes_grad, false);
+  bool moved = run.count != count || run.traits != traits.number;
+#pragma GCC unroll 8
+  for (int s = 0; s < kStreams; ++s) moved |= run.stream[s] != stream[s];
+  if (moved) [[unlikely]] {
+#pragma GCC unroll 8
+    for (int s = 0; s < kStreams; ++s) {
+      for (int t = 0; t < s; ++t) {
+        if (meet(stream[s], bytes, stream[t], bytes)) return false;
+      }
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < kStreams; ++s) run.stream[s] = stream[s];
+    run.count = count;
+    run.traits = traits.number;
+    moved_ = true;
+  }
+#pragma GCC unroll 8
+  for (int s = 0; s < kStreams; ++s) owners[s] = {subject.tensor[s], storage[s]};
+  const Kernel kernel = update.kernels[type];
+  if (kernel != span_kernel_ || update.row != span_row_) [[unlikely]]
+    begin_span(kernel, update.row, nullptr, traits);
+  count_in(bytes, kStreams);
+  return true;
+}
 
 }  // namespace fastsgd

@@ -9,7 +9,7 @@ namespace fastsgd {
 
 inline constexpr std::size_t kCacheLine = 64;
 // How many tensors ahead: far enough for the second-level cache, near enough to stay in the first.
-inline constexpr std::size_t kAhead = 4;
+inline constexpr std::size_t kAhead = 6;
 
 // Functions that only prefetch must be inlined always: GCC takes a call of one for a call without
 // effect, and drops it.

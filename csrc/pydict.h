@@ -3,6 +3,7 @@
 
 #include <Python.h>
 
+#include <cstdint>
 #include <utility>
 #include <vector>
 
@@ -31,6 +32,22 @@ class Ref {
   PyObject* object_ = nullptr;
 };
 
+// What Python before 3.14 calls a dictionary's version: no two dictionaries, and no two states of
+// one, have the same (PEP 509). So equal versions mean the same keys and the same values. 0 where
+// there is none to be had: a dictionary whose values lie elsewhere can change without it.
+inline std::uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030E0000
+  const auto* object = reinterpret_cast<PyDictObject*>(dict);
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  return object->ma_values == nullptr ? object->ma_version_tag : 0;
+#pragma GCC diagnostic pop
+#else
+  (void)dict;
+  return 0;
+#endif
+}
+
 // A key that is looked up at every step. Where it was found the last time is only a hint: the key
 // found there is compared, so whatever happened to the dictionary, the answer is true.
 class DictKey {
@@ -46,20 +63,19 @@ class DictKey {
     return search(dict);
   }
 
- private:
-  PyObject* search(PyObject* dict) {
-    PyObject *key, *value;
-    Py_ssize_t position = 0, before = 0;
-    while (PyDict_Next(dict, &position, &key, &value)) {
-      if (key == name_.get()) {
-        position_ = before;
-        return value;
-      }
-      before = position;
-    }
-    // Equal but not identical: a key that was unpickled, for one.
-    return PyDict_GetItemWithError(dict, name_.get());
+  // The value, borrowed; a KeyError is thrown if there is none.
+  PyObject* needed_in(PyObject* dict);
+
+  // The value, borrowed; null if there is none or it is None.
+  PyObject* optional_in(PyObject* dict) {
+    PyObject* value = in(dict);
+    if (value == nullptr) throw_if_error();
+    return value == Py_None ? nullptr : value;
   }
+
+ private:
+  PyObject* search(PyObject* dict);
+  static void throw_if_error();
 
   Ref name_;
   Py_ssize_t position_ = 0;

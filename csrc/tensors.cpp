@@ -1,20 +1,17 @@
 #include "tensors.h"
 
-#include <ATen/ops/empty.h>
 #include <c10/core/InferenceMode.h>
+
+#include "plain.h"
 
 namespace fastsgd {
 namespace {
 
-bool plain(const c10::TensorImpl& tensor) { return tensor.key_set().raw_repr() == plain_keys(); }
+bool is_plain(const c10::TensorImpl& tensor) { return Fields::keys(tensor) == plain().keys; }
 
 // The same, made in inference mode.
-bool plain_inference(const c10::TensorImpl& tensor) {
-  static const std::uint64_t keys = [] {
-    c10::InferenceMode guard;
-    return at::empty({0}).key_set().raw_repr();
-  }();
-  return tensor.key_set().raw_repr() == keys;
+bool is_plain_inference(const c10::TensorImpl& tensor) {
+  return Fields::keys(tensor) == plain().inference_keys;
 }
 
 // Whether broadcasting makes a tensor of shape `from` one of shape `to`.
@@ -29,11 +26,6 @@ bool expands_to(at::IntArrayRef from, at::IntArrayRef to) {
 
 }  // namespace
 
-std::uint64_t plain_keys() {
-  static const std::uint64_t keys = at::empty({0}).key_set().raw_repr();
-  return keys;
-}
-
 bool same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b) {
   if (!same_sizes(a.sizes(), b.sizes())) return false;
   if (a.is_contiguous() && b.is_contiguous()) return true;
@@ -41,7 +33,7 @@ bool same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b) {
   return a.strides() == b.strides();
 }
 
-std::string at_place(const Place& place) {
+std::string at_place(Place place) {
   return c10::str("param_groups[", place.group, "]['params'][", place.index, "]");
 }
 
@@ -51,9 +43,9 @@ std::string stream_name(const Rule& rule, int stream) {
   return c10::str("its state '", rule.states[stream - kState], "'");
 }
 
-bool check_kinds(const Place& place, const Rule& rule, const Subject& subject, bool writes_grad) {
+bool check_kinds(Place place, const Rule& rule, const Subject& subject, bool writes_grad) {
   const c10::TensorImpl& param = *subject.tensor[kParam];
-  if (!plain(param) && !plain_inference(param)) return false;
+  if (!is_plain(param) && !is_plain_inference(param)) return false;
   bool takes = storage_type(param).has_value();
   for (int s = 0; s < subject.streams; ++s) {
     if (subject.tensor[s] == nullptr) continue;
@@ -62,14 +54,14 @@ bool check_kinds(const Place& place, const Rule& rule, const Subject& subject, b
     TORCH_CHECK(tensor.device() == param.device(), at_place(place), " is on ", param.device(),
                 " but ", name(), " is on ", tensor.device(),
                 ". Expected all tensors to be on the same device.");
-    if (plain_inference(tensor)) {
+    if (is_plain_inference(tensor)) {
       const bool written = s != kGrad || writes_grad;
       TORCH_CHECK(
           !written || c10::InferenceMode::is_enabled(), at_place(place), ": ", name(),
           " is an inference tensor. Inplace update to inference tensor outside "
           "InferenceMode is not allowed. You can make a clone to get a normal tensor before "
           "doing inplace update.");
-    } else if (!plain(tensor)) {
+    } else if (!is_plain(tensor)) {
       takes = false;  // sparse, a subclass, ...: only its own operators know what fits
       continue;
     }
@@ -92,14 +84,13 @@ bool check_kinds(const Place& place, const Rule& rule, const Subject& subject, b
   return takes;
 }
 
-void storage_too_small(const Place& place, const Rule& rule, int stream,
-                       const c10::TensorImpl& tensor) {
+void storage_too_small(Place place, const Rule& rule, int stream, const c10::TensorImpl& tensor) {
   TORCH_CHECK(false, at_place(place), ": the storage of ", stream_name(rule, stream), " holds ",
               tensor.storage().nbytes(), " bytes, too few for its shape ", tensor.sizes(),
               ". Was it freed or resized?");
 }
 
-void written_but_expanded(const Place& place, const Rule& rule, int stream) {
+void written_but_expanded(Place place, const Rule& rule, int stream) {
   TORCH_CHECK(false, at_place(place), ": ", stream_name(rule, stream),
               " is expanded. unsupported operation: more than one element of the written-to tensor "
               "refers to a single memory location. Please clone() the tensor before performing the "

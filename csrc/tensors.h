@@ -22,10 +22,6 @@ struct Subject {
   int streams;
 };
 
-// The dispatch keys of a dense, strided CPU tensor and nothing else: no subclass, no wrapper, no
-// lazy negation or conjugation.
-std::uint64_t plain_keys();
-
 // How the kernels call the tensor's dtype, if they know it.
 inline std::optional<Storage> storage_type(const c10::TensorImpl& tensor) {
   const caffe2::TypeMeta type = tensor.dtype();
@@ -37,7 +33,6 @@ inline std::optional<Storage> storage_type(const c10::TensorImpl& tensor) {
 }
 
 inline constexpr std::int16_t kItemSizes[kStorages] = {4, 8, 2, 2};
-inline std::int16_t item_size_of(Storage storage) { return kItemSizes[static_cast<int>(storage)]; }
 
 inline bool same_sizes(at::IntArrayRef a, at::IntArrayRef b) {
   if (a.size() != b.size()) return false;
@@ -51,16 +46,16 @@ inline bool same_sizes(at::IntArrayRef a, at::IntArrayRef b) {
 bool same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b);
 
 // "param_groups[0]['params'][3]".
-std::string at_place(const Place& place);
+std::string at_place(Place place);
 // "its grad", "its state 'momentum_buffer'".
 std::string stream_name(const Rule& rule, int stream);
 
 // Whether kernels can take the tensors of a parameter: plain ones of one dtype and one shape.
 // Throws where stock could not take them either.
-bool check_kinds(const Place& place, const Rule& rule, const Subject& subject, bool writes_grad);
+bool check_kinds(Place place, const Rule& rule, const Subject& subject, bool writes_grad);
 
-[[noreturn]] void storage_too_small(const Place& place, const Rule& rule, int stream,
+[[noreturn]] void storage_too_small(Place place, const Rule& rule, int stream,
                                     const c10::TensorImpl& tensor);
-[[noreturn]] void written_but_expanded(const Place& place, const Rule& rule, int stream);
+[[noreturn]] void written_but_expanded(Place place, const Rule& rule, int stream);
 
 }  // namespace fastsgd

@@ -1,5 +1,5 @@
 // Walks a torch.optim.Optimizer: reads its groups, gradients and states as they are now, and plans
-// the step. This is the only file, with bindings.cpp, that knows Python's objects.
+// the step.
 #pragma once
 
 #include <Python.h>
@@ -7,8 +7,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "options.h"
 #include "plan.h"
 #include "pydict.h"
+#include "states.h"
 
 namespace fastsgd {
 
@@ -37,78 +39,83 @@ class Walker {
   bool busy = false;  // a step of this optimizer is under way, in another thread or further up
 
  private:
-  // One hyper-parameter of one group: its value belongs to the immutable object that was seen
-  // there.
-  struct Seen {
-    Ref object;
-    double value = 0;
-  };
-  struct GroupMemory {
-    std::vector<Seen> seen;
-  };
-  // What was met on the way to one parameter's tensors at the last step: where its states were
-  // found, and what to fetch ahead of meeting it again.
+  // What was met on the way to one parameter's tensors at the last step: what to fetch ahead of
+  // meeting it again, and its states.
   struct Path {
-    Py_ssize_t position = 0;
-    const void* grad = nullptr;  // where the parameter keeps it
+    const void* grad_slot = nullptr;
+    const void* grad = nullptr;
     const void* grad_object = nullptr;
-    const void* states = nullptr;
-    const void* keys = nullptr;  // of the dict of states
-    const void* state[kMaxStates];
+    StatesSeen states;
   };
-  // The options of one group at this step, and its rows of scalars so far.
+  // One group at this step, and its rows of scalars so far.
   struct Group {
     PyObject* dict;
-    double hypers[kMaxHypers];
-    bool maximize = false;
-    bool readable = false;  // false: an option only stock can interpret
-    int structure = 0, states = 0;
+    std::int64_t number;
+    GroupOptions options;
     Update update[2];  // of parameters at a later and at their first step
   };
-  // A state that this step creates.
-  struct Creation {
-    Ref param, states;  // the states' dict, or null where the parameter has none yet
-    at::Tensor value[kMaxStates];
-    bool entered = false;    // into the optimizer's state, by this step
-    Ref before[kMaxStates];  // what an existing dict held under the state's name
-    int count = 0;
-  };
-
-  void read_group(PyObject* dict, std::size_t number, Group& group);
-  void refuse_options(const Place& place, PyObject* group, PyObject* param);
-  bool read_number(PyObject* object, Hyper::Kind kind, Seen& seen, double& value);
-  bool read_scaling(PyObject* attributes, bool& skip);
-  [[gnu::always_inline]] inline bool plan_param(const Place& place, Group& group, PyObject* param,
-                                                Path& path);
-  void zero(at::Tensor& grad);
   struct Cleanup;
+
+  void plan_group(Group& group, PyObject* params, std::size_t& number);
+  template <int kStates>
+  void plan_params(Group& group, PyObject* params, std::size_t& number);
+  template <int kStates>
+  [[gnu::always_inline]] inline bool plan_param(Place place, Group& group, PyObject* param,
+                                                Path& path);
+  bool plan_first(Place place, Group& group, Subject& subject, const StatesSeen& seen);
+  template <int kStates>
+  void fetch(const Path& path) const;
   bool all_to_stock();
-  void leave_to_stock(std::size_t group, Py_ssize_t index, PyObject* param);
+  void leave_to_stock(Place place, PyObject* param);
   const Update& update_of(Group& group, bool first) {
     const Update& update = group.update[first ? 1 : 0];
     return update.row >= 0 ? update : make_update(group, first);
   }
   const Update& make_update(Group& group, bool first);
-  void commit(PyObject* state);
-  void store(PyObject* state, Creation& creation);
-  void undo(PyObject* state, Creation& creation) noexcept;
+  void zero(at::Tensor& grad);
 
   const Rule& rule_;
   int rule_number_;
+  OptionReader options_;
+  States states_;
   Plan plan_, zero_plan_;
   Routes routes_;
   DictKey param_groups_{"param_groups"}, state_{"state"}, defaults_{"defaults"}, params_{"params"},
-      differentiable_{"differentiable"}, maximize_{"maximize"}, grad_scale_{"grad_scale"},
-      found_inf_{"found_inf"}, pre_hooks_{"_optimizer_step_pre_hooks"},
+      differentiable_{"differentiable"}, pre_hooks_{"_optimizer_step_pre_hooks"},
       post_hooks_{"_optimizer_step_post_hooks"};
-  std::vector<DictKey> hyper_keys_, state_keys_;
-  std::vector<GroupMemory> groups_;
-  std::vector<Path> paths_;  // one for each parameter
-  IdentityMap states_;
-  std::vector<Creation> creations_;
+  std::vector<Path> paths_;  // one for each parameter, and some to look ahead into
   std::vector<Range> left_;  // memory of the parameters that are left to stock
-  double scale_ = 1;
-  bool unscale_ = false;
+  Scaling scaling_;
+  bool new_grads_ = false, grads_are_new_ = false;
+};
+
+// The attributes of an object; the dict stays alive with the object.
+PyObject* attributes_of(PyObject* object);
+
+// A group as torch makes it; one of another type may mean something else by its items.
+bool exact_dict(PyObject* object);
+
+// Marks a walker busy for as long as it works on a step.
+class Busy {
+ public:
+  explicit Busy(bool& flag) : flag_(flag) { flag_ = true; }
+  ~Busy() { flag_ = false; }
+  Busy(const Busy&) = delete;
+  Busy& operator=(const Busy&) = delete;
+
+ private:
+  bool& flag_;
+};
+
+// Whatever becomes of a step, nothing of it may keep tensors alive.
+struct Walker::Cleanup {
+  Walker& walker;
+  ~Cleanup() {
+    walker.states_.clear();
+    walker.left_.clear();
+    walker.plan_.release();
+    walker.zero_plan_.release();
+  }
 };
 
 }  // namespace fastsgd

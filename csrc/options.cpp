@@ -1,0 +1,114 @@
+#include "options.h"
+
+#include "pytensor.h"
+
+namespace fastsgd {
+namespace {
+
+// A one-element floating point CPU tensor's value; false for any other object.
+bool read_scalar_tensor(PyObject* object, double& value) {
+  if (!exact_tensor(object)) return false;
+  const at::Tensor& tensor = tensor_of(object);
+  if (!tensor.device().is_cpu() || tensor.layout() != at::kStrided || tensor.numel() != 1 ||
+      tensor.requires_grad() || !tensor.is_floating_point() || tensor.is_neg()) {
+    return false;
+  }
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      value = *tensor.const_data_ptr<float>();
+      break;
+    case at::kDouble:
+      value = *tensor.const_data_ptr<double>();
+      break;
+    default:
+      value = tensor.item<double>();
+  }
+  return true;
+}
+
+}  // namespace
+
+bool read_flag(PyObject* object, bool& value) {
+  if (!PyBool_Check(object) && object != Py_None && !PyLong_CheckExact(object) &&
+      !PyFloat_CheckExact(object)) {
+    return false;
+  }
+  value = PyObject_IsTrue(object) != 0;
+  return true;
+}
+
+OptionReader::OptionReader(const Rule& rule) : rule_(rule) {
+  for (int i = 0; i < rule.hyper_count; ++i) hyper_keys_.emplace_back(rule.hypers[i].name);
+}
+
+bool OptionReader::read_number(PyObject* object, Hyper::Kind kind, Seen& seen, double& value) {
+  if (object == seen.object.get()) {
+    value = seen.value;
+    return true;
+  }
+  if (kind == Hyper::kFlag) {
+    bool flag;
+    if (!read_flag(object, flag)) return false;
+    value = flag ? 1 : 0;
+  } else if (PyFloat_Check(object)) {
+    value = PyFloat_AS_DOUBLE(object);
+    if (!PyFloat_CheckExact(object)) return true;  // a subclass may hold on to anything
+  } else if (PyLong_CheckExact(object)) {
+    value = PyLong_AsDouble(object);
+    if (value == -1 && PyErr_Occurred()) throw python_error();
+  } else {
+    return kind == Hyper::kNumberOrTensor && read_scalar_tensor(object, value);
+  }
+  seen.object = Ref::borrow(object);  // immutable, so the same object is the same value
+  seen.value = value;
+  return true;
+}
+
+GroupOptions OptionReader::read(PyObject* group, std::size_t number) {
+  if (number == seen_.size()) seen_.emplace_back(hyper_keys_.size());
+  std::vector<Seen>& seen = seen_[number];
+  GroupOptions options;
+  options.readable = read_flag(maximize_.needed_in(group), options.maximize);
+  for (std::size_t i = 0; i < hyper_keys_.size(); ++i) {
+    options.readable &= read_number(hyper_keys_[i].needed_in(group), rule_.hypers[i].kind, seen[i],
+                                    options.hypers[i]);
+  }
+  if (!options.readable) return options;
+  options.structure = rule_.structure(options.hypers);
+  options.states = rule_.state_count(options.structure);
+  return options;
+}
+
+Scaling OptionReader::read_scaling(PyObject* attributes) {
+  Scaling scaling;
+  if (PyObject* found_inf = found_inf_.optional_in(attributes)) {
+    double found;
+    if (!read_scalar_tensor(found_inf, found)) return scaling;
+    scaling.skip = found != 0;
+  }
+  if (PyObject* grad_scale = grad_scale_.optional_in(attributes)) {
+    if (!read_scalar_tensor(grad_scale, scaling.scale)) return scaling;
+    scaling.unscale = true;
+  }
+  scaling.readable = true;
+  return scaling;
+}
+
+void OptionReader::refuse(Place place, PyObject* group, PyObject* param) {
+  for (std::size_t i = 0; i < hyper_keys_.size(); ++i) {
+    if (rule_.hypers[i].kind == Hyper::kFlag) continue;
+    const char* name = rule_.hypers[i].name;
+    PyObject* option = hyper_keys_[i].needed_in(group);
+    if (THPVariable_Check(option)) {
+      TORCH_CHECK_VALUE(tensor_of(option).numel() == 1, "param_groups[", place.group, "]['", name,
+                        "']: Tensor ", name, " must be 1-element");
+    } else {
+      TORCH_CHECK_TYPE(PyNumber_Check(option), "param_groups[", place.group, "]['", name,
+                       "'] must be a number, not ", Py_TYPE(option)->tp_name);
+    }
+    TORCH_CHECK(!PyComplex_Check(option) || tensor_of(param).is_complex(), at_place(place),
+                ": For non-complex input tensors, argument alpha must not be a complex number.");
+  }
+}
+
+}  // namespace fastsgd

@@ -1,0 +1,60 @@
+// What a parameter group, and a gradient scaler, ask of a step.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "pydict.h"
+#include "rule.h"
+#include "tensors.h"
+
+namespace fastsgd {
+
+// The options of one group as they are at this step.
+struct GroupOptions {
+  double hypers[kMaxHypers];
+  bool maximize = false;
+  bool readable = false;  // false: an option only stock can interpret
+  int structure = 0, states = 0;
+};
+
+// What a GradScaler leaves on an optimizer that does its own unscaling.
+struct Scaling {
+  double scale = 1;
+  bool unscale = false;
+  bool skip = false;  // it found an inf or a NaN
+  bool readable = false;
+};
+
+// Reads options; keeps the values of those that cannot change unless their object does.
+class OptionReader {
+ public:
+  explicit OptionReader(const Rule& rule);
+
+  GroupOptions read(PyObject* group, std::size_t number);
+  Scaling read_scaling(PyObject* attributes);
+
+  // Refuses options that stock's arithmetic would refuse halfway through the step of a parameter.
+  void refuse(Place place, PyObject* group, PyObject* param);
+
+ private:
+  // A hyper-parameter: its value belongs to the immutable object that was seen.
+  struct Seen {
+    Ref object;
+    double value = 0;
+  };
+  bool read_number(PyObject* object, Hyper::Kind kind, Seen& seen, double& value);
+
+  const Rule& rule_;
+  DictKey maximize_{"maximize"}, grad_scale_{"grad_scale"}, found_inf_{"found_inf"};
+  std::vector<DictKey> hyper_keys_;
+  std::vector<std::vector<Seen>> seen_;  // by group, by hyper-parameter
+};
+
+// The truth of an object that has no code of its own for it; false is returned for any other
+// object.
+bool read_flag(PyObject* object, bool& value);
+
+}  // namespace fastsgd

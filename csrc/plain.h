@@ -1,0 +1,73 @@
+// What a plain tensor looks like from within: a dense CPU tensor and nothing else, so that its data
+// pointer says all about it.
+//
+// A tensor's accessors ask at each call whether the tensor has ways of its own. A step reads
+// thousands of tensors that have none, and tells so by two words of each: its dispatch keys, and
+// its form, which is its dtype, device and layout flags as they lie side by side. A tensor that
+// equals a plain one in both is plain, whatever the single bits mean.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "kernel.h"
+
+namespace fastsgd {
+
+// The fields that torch keeps from everyone but subclasses. Never made.
+class Fields : c10::TensorImpl {
+ public:
+  // These are for plain tensors, whose accessors say the same.
+  static const c10::impl::SizesAndStrides& shape(const c10::TensorImpl& tensor) {
+    return tensor.*&Fields::sizes_and_strides_;
+  }
+  static std::int64_t count(const c10::TensorImpl& tensor) { return tensor.*&Fields::numel_; }
+  static std::int64_t offset(const c10::TensorImpl& tensor) {
+    return tensor.*&Fields::storage_offset_;
+  }
+
+  // And these for all. The counter's is an address to fetch, no more.
+  static const void* counter(const c10::TensorImpl& tensor) {
+    const void* counter;
+    std::memcpy(&counter, &(tensor.*&Fields::version_counter_), sizeof(counter));
+    return counter;
+  }
+  static std::uint64_t keys(const c10::TensorImpl& tensor) { return tensor.key_set().raw_repr(); }
+  static std::uint64_t form(const c10::TensorImpl& tensor) {
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Winvalid-offsetof"
+    constexpr std::size_t begin = offsetof(Fields, data_type_), end = offsetof(Fields, key_set_);
+#pragma GCC diagnostic pop
+    static_assert(end - begin == sizeof(std::uint64_t), "dtype, device and flags fill one word");
+    std::uint64_t form;
+    std::memcpy(&form, reinterpret_cast<const char*>(&tensor) + begin, sizeof(form));
+    return form;
+  }
+};
+
+// The words of plain, contiguous tensors.
+struct Plain {
+  std::uint64_t keys;            // the dispatch keys
+  std::uint64_t inference_keys;  // of those made in inference mode
+  std::uint64_t matters;         // the bits of a form in which they do not differ among themselves
+  std::uint64_t form[kStorages];
+
+  std::uint64_t form_of(const c10::TensorImpl& tensor) const {
+    return Fields::form(tensor) & matters;
+  }
+  // The storage type that has this form; kStorages if it is no contiguous tensor's of those types.
+  int storage_of(std::uint64_t of) const {
+    if (form[0] == of) [[likely]]
+      return 0;
+    int type = 1;
+    while (type < kStorages && form[type] != of) ++type;
+    return type;
+  }
+};
+
+const Plain& plain();
+
+}  // namespace fastsgd

@@ -1,0 +1,44 @@
+// Tensors as Python holds them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <Python.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+namespace fastsgd {
+
+inline PyObject* checked(PyObject* object) {
+  if (object == nullptr) throw python_error();
+  return object;
+}
+
+// A Tensor or a Parameter, and no subclass: one that could mean something else by its data.
+inline bool exact_tensor(PyObject* object) { return THPVariable_CheckExact(object); }
+
+inline const at::Tensor& tensor_of(PyObject* object) { return THPVariable_Unpack(object); }
+
+inline c10::TensorImpl* impl_of(PyObject* object) {
+  return tensor_of(object).unsafeGetTensorImpl();
+}
+
+// Where a tensor keeps its gradient; null where it has no place for one.
+inline at::Tensor* grad_slot(const c10::TensorImpl& tensor) {
+  auto* meta = static_cast<torch::autograd::AutogradMeta*>(tensor.autograd_meta());
+  return meta == nullptr ? nullptr : &meta->grad_;
+}
+
+// The Python object of a tensor that C++ holds; null where it has none. Torch 2.11 called it
+// otherwise.
+template <class Slot>
+PyObject* object_in(const Slot& slot) {
+  if constexpr (requires { slot.load_pyobj(); }) {
+    return slot.load_pyobj();
+  } else {
+    return slot.check_pyobj().value_or(nullptr);
+  }
+}
+
+inline PyObject* object_of(c10::TensorImpl& tensor) { return object_in(*tensor.pyobj_slot()); }
+
+}  // namespace fastsgd

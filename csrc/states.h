@@ -1,0 +1,91 @@
+// An optimizer's `state`: finds the states of each parameter, and enters new ones.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "pydict.h"
+#include "pytensor.h"
+#include "tensors.h"
+
+namespace fastsgd {
+
+// What one parameter's states were at the last step. Objects are compared, or known by the version
+// of the dictionary that holds them; none is followed before that.
+struct StatesSeen {
+  std::uint64_t version = 0, version_of_states = 0;  // of `state`, and of what it has for `param`
+  PyObject* param = nullptr;
+  PyObject* states = nullptr;
+  PyObject* value[kMaxStates];
+  int structure = -1;
+  Py_ssize_t position = 0;  // in `state`
+};
+
+// States that this step creates for a parameter.
+struct Creation {
+  Ref param, states;  // the states' dict, or null where the parameter has none yet
+  at::Tensor value[kMaxStates];
+  bool entered = false;    // into the optimizer's state, by this step
+  Ref before[kMaxStates];  // what an existing dict held under the state's name
+  int count = 0;
+};
+
+class States {
+ public:
+  explicit States(const Rule& rule);
+
+  // The optimizer's state, for this step.
+  void begin(PyObject* state);
+  // Lets go of what a step has left.
+  void clear() { creations_.clear(); }
+
+  // The parameter's states as they were seen, if nothing can have changed since.
+  template <int kStates>
+  bool recall(PyObject* param, int structure, const StatesSeen& seen,
+              c10::TensorImpl** states) const {
+    if (version_ == 0 || seen.version != version_ || seen.param != param) return false;
+    if (version_of(seen.states) != seen.version_of_states || seen.structure != structure) {
+      return false;
+    }
+    for (int i = 0; i < kStates; ++i) {
+      if (!exact_tensor(seen.value[i])) return false;
+      states[i] = impl_of(seen.value[i]);
+    }
+    return true;
+  }
+
+  enum class Found { kAll, kSome, kForeign };  // all; not all; something only stock understands
+
+  // The same by looking; null for a state that is not there.
+  Found find(Place place, PyObject* param, int structure, int count, StatesSeen& seen,
+             c10::TensorImpl** states);
+
+  // The dict of a parameter's states; null if there is none.
+  PyObject* of(PyObject* param) {
+    Py_ssize_t position = 0;
+    return map_.at(param, position);
+  }
+
+  // Notes that those of `count` states that were not found come to be with this step.
+  Creation& create(const StatesSeen& seen, int count);
+  void create_no_more() { creations_.pop_back(); }
+  bool creates() const { return !creations_.empty(); }
+
+  // Enters what is created. If that raises, it is as if nothing had been entered.
+  void commit();
+
+ private:
+  void store(Creation& creation);
+  void undo(Creation& creation) noexcept;
+
+  const Rule& rule_;
+  std::vector<DictKey> keys_;
+  PyObject* state_ = nullptr;
+  std::uint64_t version_ = 0;
+  IdentityMap map_;
+  std::vector<Creation> creations_;
+};
+
+}  // namespace fastsgd
