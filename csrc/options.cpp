@@ -41,41 +41,52 @@ OptionReader::OptionReader(const Rule& rule) : rule_(rule) {
   for (int i = 0; i < rule.hyper_count; ++i) hyper_keys_.emplace_back(rule.hypers[i].name);
 }
 
-bool OptionReader::read_number(PyObject* object, Hyper::Kind kind, Seen& seen, double& value) {
+OptionReader::Read OptionReader::read_number(PyObject* object, Hyper::Kind kind, Seen& seen,
+                                             double& value) {
   if (object == seen.object.get()) {
     value = seen.value;
-    return true;
+    return Read::kConstant;
   }
   if (kind == Hyper::kFlag) {
     bool flag;
-    if (!read_flag(object, flag)) return false;
+    if (!read_flag(object, flag)) return Read::kNot;
     value = flag ? 1 : 0;
   } else if (PyFloat_Check(object)) {
     value = PyFloat_AS_DOUBLE(object);
-    if (!PyFloat_CheckExact(object)) return true;  // a subclass may hold on to anything
+    if (!PyFloat_CheckExact(object)) return Read::kMutable;  // a subclass may hold on to anything
   } else if (PyLong_CheckExact(object)) {
     value = PyLong_AsDouble(object);
     if (value == -1 && PyErr_Occurred()) throw python_error();
   } else {
-    return kind == Hyper::kNumberOrTensor && read_scalar_tensor(object, value);
+    const bool reads = kind == Hyper::kNumberOrTensor && read_scalar_tensor(object, value);
+    return reads ? Read::kMutable : Read::kNot;
   }
   seen.object = Ref::borrow(object);  // immutable, so the same object is the same value
   seen.value = value;
-  return true;
+  return Read::kConstant;
 }
 
-GroupOptions OptionReader::read(PyObject* group, std::size_t number) {
-  if (number == seen_.size()) seen_.emplace_back(hyper_keys_.size());
-  std::vector<Seen>& seen = seen_[number];
-  GroupOptions options;
+const GroupOptions& OptionReader::read(PyObject* group, std::size_t number) {
+  if (number >= seen_.size()) seen_.resize(number + 1);
+  GroupSeen& seen = seen_[number];
+  GroupOptions& options = seen.options;
+  const std::uint64_t version = version_of(group);
+  if (version != 0 && version == seen.version) return options;
+  seen.version = 0;
+  options = {};
+  seen.hypers.resize(hyper_keys_.size());
   options.readable = read_flag(maximize_.needed_in(group), options.maximize);
+  bool constant = true;
   for (std::size_t i = 0; i < hyper_keys_.size(); ++i) {
-    options.readable &= read_number(hyper_keys_[i].needed_in(group), rule_.hypers[i].kind, seen[i],
-                                    options.hypers[i]);
+    const Read read = read_number(hyper_keys_[i].needed_in(group), rule_.hypers[i].kind,
+                                  seen.hypers[i], options.hypers[i]);
+    options.readable &= read != Read::kNot;
+    constant &= read == Read::kConstant;
   }
   if (!options.readable) return options;
   options.structure = rule_.structure(options.hypers);
   options.states = rule_.state_count(options.structure);
+  if (constant) seen.version = version;
   return options;
 }
 

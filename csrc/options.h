@@ -28,12 +28,14 @@ struct Scaling {
   bool readable = false;
 };
 
-// Reads options; keeps the values of those that cannot change unless their object does.
+// Reads options. What it keeps of a group is good for as long as the group's version is the same,
+// and each value for as long as the object is.
 class OptionReader {
  public:
   explicit OptionReader(const Rule& rule);
 
-  GroupOptions read(PyObject* group, std::size_t number);
+  // The options of a group; good until the next is read.
+  const GroupOptions& read(PyObject* group, std::size_t number);
   Scaling read_scaling(PyObject* attributes);
 
   // Refuses options that stock's arithmetic would refuse halfway through the step of a parameter.
@@ -45,12 +47,19 @@ class OptionReader {
     Ref object;
     double value = 0;
   };
-  bool read_number(PyObject* object, Hyper::Kind kind, Seen& seen, double& value);
+  struct GroupSeen {
+    std::uint64_t version =
+        0;  // of the group's dict; 0 where a value is in an object that can change
+    GroupOptions options;
+    std::vector<Seen> hypers;
+  };
+  enum class Read { kConstant, kMutable, kNot };
+  Read read_number(PyObject* object, Hyper::Kind kind, Seen& seen, double& value);
 
   const Rule& rule_;
   DictKey maximize_{"maximize"}, grad_scale_{"grad_scale"}, found_inf_{"found_inf"};
   std::vector<DictKey> hyper_keys_;
-  std::vector<std::vector<Seen>> seen_;  // by group, by hyper-parameter
+  std::vector<GroupSeen> seen_;
 };
 
 // The truth of an object that has no code of its own for it; false is returned for any other

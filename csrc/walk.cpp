@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "lookahead.h"
 #include "prefetch.h"
 #include "pytensor.h"
 #include "rules/table.h"
@@ -121,19 +122,6 @@ bool Walker::plan_first(Place place, Group& group, Subject& subject, const State
 
 // --- the step -----------------------------------------------------------------------------------
 
-FASTSGD_PREFETCHING void fetch_grad(PyObject* params, Py_ssize_t i) {
-  constexpr auto kNext = static_cast<Py_ssize_t>(kAhead), kNear = kNext / 2;
-  const auto grad_at = [&](Py_ssize_t at) -> const at::Tensor* {
-    PyObject* param = PyList_GET_ITEM(params, at);
-    return exact_tensor(param) ? grad_slot(*impl_of(param)) : nullptr;
-  };
-  if (i + kNext >= PyList_GET_SIZE(params)) return;
-  if (const auto* grad = grad_at(i + kNext))
-    prefetch<sizeof(c10::TensorImpl)>(grad->unsafeGetTensorImpl());
-  if (const auto* grad = grad_at(i + kNear))
-    prefetch<56>(grad->unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
-}
-
 template <int kStates>
 void Walker::plan_params(Group& group, PyObject* params, std::size_t& number) {
   const auto path_at = [&](Py_ssize_t i) {
@@ -146,7 +134,11 @@ void Walker::plan_params(Group& group, PyObject* params, std::size_t& number) {
   Py_ssize_t i = 0;
   for (; i < PyList_GET_SIZE(params); ++i, ++path) {
     fetch<kStates>(path[kFar]);
-    if (grads_are_new) fetch_grad(params, i);
+    if (grads_are_new) {
+      const Lookahead ahead(params, i);
+      ahead.fetch_grad(kAhead);
+      ahead.fetch_grad_storage(kAhead / 2);
+    }
     PyObject* param = PyList_GET_ITEM(params, i);
     const Place place{group.number, i};
     if (exact_tensor(param)) [[likely]] {

@@ -51,7 +51,7 @@ class Walker {
   struct Group {
     PyObject* dict;
     std::int64_t number;
-    GroupOptions options;
+    const GroupOptions& options;
     Update update[2];  // of parameters at a later and at their first step
   };
   struct Cleanup;

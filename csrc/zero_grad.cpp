@@ -2,6 +2,7 @@
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
+#include "lookahead.h"
 #include "prefetch.h"
 #include "pytensor.h"
 #include "walk.h"
@@ -9,41 +10,20 @@
 namespace fastsgd {
 namespace {
 
-// The gradient of the parameter that stands at `i`; null where it has none.
-at::Tensor* grad_at(PyObject* params, Py_ssize_t i) {
-  if (i >= PySequence_Fast_GET_SIZE(params)) return nullptr;
-  PyObject* param = PySequence_Fast_GET_ITEM(params, i);
-  if (!exact_tensor(param)) return nullptr;
-  at::Tensor* grad = grad_slot(*impl_of(param));
-  return grad != nullptr && grad->defined() ? grad : nullptr;
-}
-
-// Gradients are new at each iteration, so there is nothing to remember of them: they are looked up
-// ahead of their turn, in stages. Each reads what the one before has fetched, some parameters
-// later.
-FASTSGD_PREFETCHING void fetch_grads_ahead(PyObject* params, Py_ssize_t i) {
+// In the order of the stages, from far to near.
+FASTSGD_PREFETCHING void fetch_ahead(PyObject* params, Py_ssize_t turn, bool to_free) {
   constexpr auto kStage = static_cast<Py_ssize_t>(kAhead);
-  const Py_ssize_t end = PySequence_Fast_GET_SIZE(params);
-  const auto impl_at = [&](Py_ssize_t at) -> const c10::TensorImpl* {
-    if (at >= end) return nullptr;
-    PyObject* param = PySequence_Fast_GET_ITEM(params, at);
-    return exact_tensor(param) ? impl_of(param) : nullptr;
-  };
-  if (i + 5 * kStage < end) prefetch(PySequence_Fast_GET_ITEM(params, i + 5 * kStage));
-  if (const auto* param = impl_at(i + 4 * kStage)) prefetch(param);
-  if (const auto* param = impl_at(i + 3 * kStage)) prefetch(grad_slot(*param));
-  if (const at::Tensor* grad = grad_at(params, i + 2 * kStage)) {
-    prefetch<sizeof(c10::TensorImpl) + 48>(grad->unsafeGetTensorImpl());
-  }
-  if (const at::Tensor* grad = grad_at(params, i + kStage)) {
-    const c10::TensorImpl& tensor = *grad->unsafeGetTensorImpl();
-    prefetch<sizeof(c10::StorageImpl) + 32>(tensor.unsafe_storage().unsafeGetStorageImpl());
-    prefetch<48>(Fields::counter(tensor));
-  }
-  if (const at::Tensor* grad = grad_at(params, i + kStage / 2)) {
-    const c10::TensorImpl& tensor = *grad->unsafeGetTensorImpl();
-    if (auto* st = tensor.unsafe_storage().unsafeGetStorageImpl())
-      prefetch<96>((const char*)st->data() - 16);
+  const Lookahead ahead(params, turn);
+  ahead.fetch_object(5 * kStage);
+  ahead.fetch_param(4 * kStage);
+  ahead.fetch_grad_slot(3 * kStage);
+  if (to_free) {
+    ahead.fetch_grad_to_free(2 * kStage);
+    ahead.fetch_parts_to_free(kStage);
+    ahead.fetch_memory_to_free(kStage / 2);
+  } else {
+    ahead.fetch_grad(2 * kStage);
+    ahead.fetch_grad_storage(kStage);
   }
 }
 
@@ -63,13 +43,15 @@ bool Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& 
     const Ref params = Ref::steal(checked(PySequence_Fast(
         params_.needed_in(PyList_GET_ITEM(groups, g)), "a group's params must be a sequence")));
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params.get()); ++i) {
-      fetch_grads_ahead(params.get(), i);
+      fetch_ahead(params.get(), i, set_to_none);
       PyObject* param = PySequence_Fast_GET_ITEM(params.get(), i);
       if (!exact_tensor(param)) {
         others.push_back(Ref::borrow(param));
-      } else if (at::Tensor* grad = grad_at(params.get(), i)) {
-        set_to_none ? grad->reset() : zero(*grad);
+        continue;
       }
+      at::Tensor* grad = grad_slot(*impl_of(param));
+      if (grad == nullptr || !grad->defined()) continue;
+      set_to_none ? grad->reset() : zero(*grad);
     }
   }
   zero_plan_.run(false);
