@@ -144,5 +144,15 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "instruction_set", [] { return std::string(fastsgd::kernels().instruction_set); },
       "The instruction set of the kernels in use: 'baseline', 'avx2' or 'avx512'.");
+  module.def(
+      "is_plain",
+      [](const at::Tensor& tensor) {
+        const fastsgd::Plain& plain = fastsgd::plain();
+        const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+        return fastsgd::Fields::keys(impl) == plain.keys &&
+               plain.storage_of(plain.form_of(impl)) != fastsgd::kStorages;
+      },
+      "Whether a tensor is what the kernels take without a closer look: dense, contiguous, on the "
+      "CPU and of a dtype that they know.");
   module.def("threads", &fastsgd::threads, "How many threads a long step uses.");
 }

@@ -69,7 +69,7 @@ const Update& Walker::make_update(Group& group, bool first) {
 
 template <int kStates>
 FASTSGD_PREFETCHING void Walker::fetch(const Path& path) const {
-  prefetch(path.states.param);
+  prefetch(path.param);
   prefetch(path.grad_slot);
   prefetch(path.grad_object);
   if constexpr (kStates > 0) {
@@ -79,37 +79,37 @@ FASTSGD_PREFETCHING void Walker::fetch(const Path& path) const {
 }
 
 template <int kStates>
-bool Walker::plan_param(Place place, Group& group, PyObject* param, Path& path) {
+bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& path) {
+  const auto place = [&] { return Place{group.number, index}; };
   Subject subject;
   c10::TensorImpl* tensor = subject.tensor[kParam] = impl_of(param);
   const at::Tensor* grad = grad_slot(*tensor);
   if (grad == nullptr || !grad->defined()) [[unlikely]]
     return true;
-  path.grad_slot = grad;
   if (!group.options.readable) [[unlikely]] {
-    options_.refuse(place, group.dict, param);
+    options_.refuse(place(), group.dict, param);
     return false;
   }
   subject.tensor[kGrad] = grad->unsafeGetTensorImpl();
   PyObject* grad_object = object_of(*subject.tensor[kGrad]);
-  path.grad_object = grad_object;
-  new_grads_ |= path.grad != subject.tensor[kGrad];
+  if (path.grad != subject.tensor[kGrad]) new_grads_ = true;
+  path.param = param;
+  path.grad_slot = grad;
   path.grad = subject.tensor[kGrad];
+  path.grad_object = grad_object;
   if (grad_object != nullptr && !exact_tensor(grad_object)) [[unlikely]]
     return false;
   subject.streams = kState + kStates;
-  if constexpr (kStates == 0) {
-    path.states.param = param;
-  } else {
+  if constexpr (kStates > 0) {
     const int structure = group.options.structure;
     c10::TensorImpl** states = subject.tensor + kState;
     if (!states_.recall<kStates>(param, structure, path.states, states)) [[unlikely]] {
-      const auto found = states_.find(place, param, structure, kStates, path.states, states);
+      const auto found = states_.find(place(), param, structure, kStates, path.states, states);
       if (found == States::Found::kForeign) return false;
-      if (found == States::Found::kSome) return plan_first(place, group, subject, path.states);
+      if (found == States::Found::kSome) return plan_first(place(), group, subject, path.states);
     }
   }
-  return plan_.add<kStates>(update_of(group, false), place, subject);
+  return plan_.add<kStates>(update_of(group, false), place(), subject);
 }
 
 // The first step of a parameter, which makes its states.
@@ -140,14 +140,13 @@ void Walker::plan_params(Group& group, PyObject* params, std::size_t& number) {
       ahead.fetch_grad_storage(kAhead / 2);
     }
     PyObject* param = PyList_GET_ITEM(params, i);
-    const Place place{group.number, i};
     if (exact_tensor(param)) [[likely]] {
-      if (!plan_param<kStates>(place, group, param, *path)) leave_to_stock(place, param);
+      if (!plan_param<kStates>(group, i, param, *path)) leave_to_stock({group.number, i}, param);
       continue;
     }
     plan_.retain();  // asking for its gradient may run Python code
     const Ref kept = Ref::borrow(param);
-    if (has_grad(param)) leave_to_stock(place, param);
+    if (has_grad(param)) leave_to_stock({group.number, i}, param);
     path = path_at(i);  // as the list may have grown
   }
   number += static_cast<std::size_t>(i);

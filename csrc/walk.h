@@ -42,6 +42,7 @@ class Walker {
   // What was met on the way to one parameter's tensors at the last step: what to fetch ahead of
   // meeting it again, and its states.
   struct Path {
+    const void* param = nullptr;
     const void* grad_slot = nullptr;
     const void* grad = nullptr;
     const void* grad_object = nullptr;
@@ -60,7 +61,7 @@ class Walker {
   template <int kStates>
   void plan_params(Group& group, PyObject* params, std::size_t& number);
   template <int kStates>
-  [[gnu::always_inline]] inline bool plan_param(Place place, Group& group, PyObject* param,
+  [[gnu::always_inline]] inline bool plan_param(Group& group, Py_ssize_t index, PyObject* param,
                                                 Path& path);
   bool plan_first(Place place, Group& group, Subject& subject, const StatesSeen& seen);
   template <int kStates>
