@@ -237,3 +237,32 @@ def test_grads_that_move_and_grads_that_stay(row: Row) -> None:
                     p.grad = None if p.grad is None else p.grad.clone()
         twins.step()
         twins.check()
+
+
+class Watched(torch.Tensor):
+    """A tensor that counts what is done with it."""
+
+    calls = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """Count, and do it."""
+        Watched.calls += 1
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("which", ["state", "grad"])
+def test_a_tensor_that_becomes_another_class(row: Row, which: str) -> None:
+    """The same object at the same place, but its operators are Python code from now on."""
+    twins = Twins(row, parameters(*SHAPES), **row.rich)
+    twins.run(3)
+    twins.grads()
+    for o in twins.sides:
+        p = all_params(o)[1]
+        (p.grad if which == "grad" else o.state[p][row.states[0]]).__class__ = Watched
+    Watched.calls = 0
+    twins.ours.step()
+    assert Watched.calls > 0, "its data was taken without asking it"
+    twins.stock.step()
+    for p, q in twins.pairs():
+        assert torch.equal(p, q)
