@@ -36,6 +36,15 @@ void Layout::simplify(int streams) {
   dims = dims == 0 ? 0 : last + 1;
 }
 
+bool Layout::flat(int stream) const {
+  std::int64_t next = 1;
+  for (int d = dims - 1; d >= 0; --d) {
+    if (stride[d][stream] != next) return false;
+    next *= size[d];
+  }
+  return true;
+}
+
 bool Layout::injective(int stream) const {
   int order[kMaxDims];
   std::iota(order, order + dims, 0);

@@ -18,6 +18,8 @@ struct Layout {
 
   // Orders and joins `dims` dimensions as they stand.
   void simplify(int streams);
+  // Whether the order of the layout is that of the stream's memory, without gaps.
+  bool flat(int stream) const;
   // Whether no two indices can reach the same element of `stream`. Exact for whatever slicing,
   // transposing and expanding make; false when in doubt.
   bool injective(int stream) const;
