@@ -240,6 +240,15 @@ LAYOUTS = (
     Layout("huge", HUGE, flat(HUGE)),
     Layout("huge_misaligned", HUGE + 3, flat(HUGE, 3), shifted(1)),
     Layout("huge_slice", 500 * 700, lambda m: m.view(500, 700)[:, 1:690]),
+    Layout("huge_short_rows", 150_001 * 4, lambda m: m.view(150_001, 4)[:, 1:]),
+    Layout("huge_rows_of_16", 30_001 * 18, lambda m: m.view(30_001, 18)[:, 1:17]),
+    Layout("huge_transposed_grad", 503 * 701, lambda m: m.view(503, 701), strided((1, 0))),
+    Layout(
+        "huge_channels_last_grad",
+        211 * 255 * 9,
+        lambda m: m.view(211, 255, 3, 3),
+        strided((0, 2, 3, 1)),
+    ),
 )
 
 # Layouts of parameters that a layer of a real model may have, for tests of something else.

@@ -1,0 +1,12 @@
+// Visits streams that do not lie flat in memory, or not all in the same order.
+#pragma once
+
+#include "cpu/engine.h"
+
+namespace fastsgd {
+
+// Elements [begin, end), in the order of the span's layout, of its one run.
+void execute_strided(const Span& span, const Run& run, const Row& row, std::int64_t begin,
+                     std::int64_t end);
+
+}  // namespace fastsgd
