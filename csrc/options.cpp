@@ -10,7 +10,8 @@ bool read_scalar_tensor(PyObject* object, double& value) {
   if (!exact_tensor(object)) return false;
   const at::Tensor& tensor = tensor_of(object);
   if (!tensor.device().is_cpu() || tensor.layout() != at::kStrided || tensor.numel() != 1 ||
-      tensor.requires_grad() || !tensor.is_floating_point() || tensor.is_neg()) {
+      tensor.requires_grad() || !tensor.is_floating_point() || tensor.is_neg() ||
+      tensor._is_zerotensor()) {
     return false;
   }
   switch (tensor.scalar_type()) {

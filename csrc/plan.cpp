@@ -3,6 +3,7 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/neg.h>
 #include <Python.h>
 
 namespace fastsgd {
@@ -25,14 +26,18 @@ class WithoutGil {
 };
 
 // A tensor for a state, its memory laid out as stock's operators would lay it out.
-at::Tensor new_state(StateLike like, c10::TensorImpl& param, c10::TensorImpl& grad) {
+at::Tensor new_state(const Update& update, c10::TensorImpl& param, c10::TensorImpl& grad) {
   const at::Tensor g(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&grad));
-  if (like == StateLike::kGrad || same_layout(param, grad)) return at::empty_like(g);
+  const bool alike = grad.is_contiguous() && grad.strides() == param.strides();
+  if (alike || (update.state_like == StateLike::kGrad && !update.maximize))
+    return at::empty_like(g);
   const auto shape_of = [](const c10::TensorImpl& tensor) {
     return at::empty_strided(tensor.sizes(), tensor.strides(), at::device(at::kMeta));
   };
-  const at::Tensor sum = at::add(shape_of(grad), shape_of(param));
-  return at::empty_strided(sum.sizes(), sum.strides(), g.options().requires_grad(false));
+  at::Tensor like = shape_of(grad);
+  if (update.maximize) like = at::neg(like);
+  if (update.state_like == StateLike::kGradAndParam) like = at::add(like, shape_of(param));
+  return at::empty_strided(like.sizes(), like.strides(), g.options().requires_grad(false));
 }
 
 bool written(const Update& update, int stream) { return stream != kGrad || update.writes_grad; }
@@ -70,8 +75,7 @@ bool Plan::add_creating(const Update& update, Place place, Subject& subject, at:
   if (!check_kinds(place, *update.rule, subject, update.writes_grad)) return false;
   for (int s = kState; s < subject.streams; ++s) {
     if (subject.tensor[s] != nullptr) continue;
-    created[s - kState] =
-        new_state(update.state_like, *subject.tensor[kParam], *subject.tensor[kGrad]);
+    created[s - kState] = new_state(update, *subject.tensor[kParam], *subject.tensor[kGrad]);
     subject.tensor[s] = created[s - kState].unsafeGetTensorImpl();
   }
   return add_checked(update, place, subject);

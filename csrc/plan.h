@@ -23,7 +23,7 @@ struct Update {
   const Rule* rule = nullptr;
   const Kernel* kernels = nullptr;  // by storage type
   std::int32_t row = -1;
-  bool writes_grad = false;
+  bool writes_grad = false, maximize = false;
   StateLike state_like = StateLike::kGrad;
 };
 

@@ -9,26 +9,23 @@ namespace fastsgd {
 PyObject* DictKey::needed_in(PyObject* dict) {
   PyObject* value = in(dict);
   if (value != nullptr) return value;
-  if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, name());
+  PyErr_SetObject(PyExc_KeyError, name());
   throw python_error();
-}
-
-void DictKey::throw_if_error() {
-  if (PyErr_Occurred()) throw python_error();
 }
 
 PyObject* DictKey::search(PyObject* dict) {
   PyObject *key, *value;
   Py_ssize_t position = 0, before = 0;
   while (PyDict_Next(dict, &position, &key, &value)) {
-    if (key == name_.get()) {
+    const bool same = key == name_.get();
+    if (same || (PyUnicode_Check(key) && PyUnicode_Compare(key, name_.get()) == 0)) {
       position_ = before;
+      if (!same) equal_ = Ref::borrow(key);
       return value;
     }
     before = position;
   }
-  // Equal but not identical: a key that was unpickled, for one.
-  return PyDict_GetItemWithError(dict, name_.get());
+  return nullptr;
 }
 
 PyObject* IdentityMap::search(PyObject* key, Py_ssize_t& hint) {

@@ -48,8 +48,9 @@ inline std::uint64_t version_of(PyObject* dict) {
 #endif
 }
 
-// A key that is looked up at every step. Where it was found the last time is only a hint: the key
-// found there is compared, so whatever happened to the dictionary, the answer is true.
+// A string key that is looked up at every step. Where it was found the last time is only a hint:
+// the key found there is compared, so whatever happened to the dictionary, the answer is true. No
+// look-up runs Python code: keys that are no strings are passed over, whatever they say they equal.
 class DictKey {
  public:
   explicit DictKey(const char* name) : name_(Ref::steal(PyUnicode_InternFromString(name))) {}
@@ -59,7 +60,9 @@ class DictKey {
   PyObject* in(PyObject* dict) {
     Py_ssize_t position = position_;
     PyObject *key, *value;
-    if (PyDict_Next(dict, &position, &key, &value) && key == name_.get()) return value;
+    if (PyDict_Next(dict, &position, &key, &value) && (key == name_.get() || key == equal_.get())) {
+      return value;
+    }
     return search(dict);
   }
 
@@ -69,15 +72,14 @@ class DictKey {
   // The value, borrowed; null if there is none or it is None.
   PyObject* optional_in(PyObject* dict) {
     PyObject* value = in(dict);
-    if (value == nullptr) throw_if_error();
     return value == Py_None ? nullptr : value;
   }
 
  private:
   PyObject* search(PyObject* dict);
-  static void throw_if_error();
 
   Ref name_;
+  Ref equal_;  // the key found the last time, if it is another object: one that was unpickled, say
   Py_ssize_t position_ = 0;
 };
 

@@ -25,11 +25,6 @@ bool any_global_hook() {
   return PyDict_Size(checked(hooks[0])) != 0 || PyDict_Size(checked(hooks[1])) != 0;
 }
 
-// Whether a parameter that is no plain tensor has a gradient.
-bool has_grad(PyObject* param) {
-  return Ref::steal(checked(PyObject_GetAttrString(param, "grad"))).get() != Py_None;
-}
-
 }  // namespace
 
 PyObject* attributes_of(PyObject* object) {
@@ -60,8 +55,12 @@ const Update& Walker::make_update(Group& group, bool first) {
   row.unscale = scaling_.unscale;
   row.maximize = options.maximize;
   Update& update = group.update[first ? 1 : 0];
-  update = {&rule_, kernels().step[rule_number_][options.structure], plan_.add_row(row),
-            scaling_.unscale, rule_.state_like(options.hypers)};
+  update = {&rule_,
+            kernels().step[rule_number_][options.structure],
+            plan_.add_row(row),
+            scaling_.unscale,
+            options.maximize,
+            rule_.state_like(options.hypers)};
   return update;
 }
 
@@ -124,12 +123,9 @@ bool Walker::plan_first(Place place, Group& group, Subject& subject, const State
 
 template <int kStates>
 void Walker::plan_params(Group& group, PyObject* params, std::size_t& number) {
-  const auto path_at = [&](Py_ssize_t i) {
-    const std::size_t needed = number + static_cast<std::size_t>(PyList_GET_SIZE(params)) + kFar;
-    if (paths_.size() < needed) paths_.resize(needed);
-    return &paths_[number + static_cast<std::size_t>(i)];
-  };
-  Path* path = path_at(0);
+  const std::size_t needed = number + static_cast<std::size_t>(PyList_GET_SIZE(params)) + kFar;
+  if (paths_.size() < needed) paths_.resize(needed);
+  Path* path = &paths_[number];
   const bool grads_are_new = grads_are_new_;
   Py_ssize_t i = 0;
   for (; i < PyList_GET_SIZE(params); ++i, ++path) {
@@ -144,10 +140,8 @@ void Walker::plan_params(Group& group, PyObject* params, std::size_t& number) {
       if (!plan_param<kStates>(group, i, param, *path)) leave_to_stock({group.number, i}, param);
       continue;
     }
-    plan_.retain();  // asking for its gradient may run Python code
-    const Ref kept = Ref::borrow(param);
+    met_strangers_ = true;
     if (has_grad(param)) leave_to_stock({group.number, i}, param);
-    path = path_at(i);  // as the list may have grown
   }
   number += static_cast<std::size_t>(i);
 }
@@ -166,6 +160,44 @@ void Walker::plan_group(Group& group, PyObject* params, std::size_t& number) {
     default:
       return plan_params<4>(group, params, number);
   }
+}
+
+// False where the groups are kept in some way that only stock understands.
+bool Walker::plan_groups(PyObject* groups) {
+  std::size_t number = 0;  // of a parameter, counted over all groups
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
+    PyObject* dict = PyList_GET_ITEM(groups, g);
+    if (!exact_dict(dict)) return false;
+    PyObject* params = params_.needed_in(dict);
+    if (!PyList_Check(params)) return false;
+    Group group{dict, g, options_.read(dict, static_cast<std::size_t>(g)), {}};
+    plan_group(group, params, number);
+  }
+  return true;
+}
+
+// Asks each parameter that is no plain tensor for its gradient.
+void Walker::ask_strangers(PyObject* groups) {
+  strangers_.clear();
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
+    const Ref dict = Ref::borrow(PyList_GET_ITEM(groups, g));
+    if (!exact_dict(dict.get())) return;
+    const Ref params = Ref::borrow(params_.needed_in(dict.get()));
+    if (!PyList_Check(params.get())) return;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.get()); ++i) {
+      if (exact_tensor(PyList_GET_ITEM(params.get(), i))) continue;
+      Ref param = Ref::borrow(PyList_GET_ITEM(params.get(), i));
+      const Ref grad = Ref::steal(checked(PyObject_GetAttrString(param.get(), "grad")));
+      strangers_.emplace_back(std::move(param), grad.get() != Py_None);
+    }
+  }
+}
+
+// What was answered; one that was not asked goes to stock, which asks itself.
+bool Walker::has_grad(PyObject* stranger) const {
+  const auto is = [&](const auto& asked) { return asked.first.get() == stranger; };
+  const auto asked = std::find_if(strangers_.begin(), strangers_.end(), is);
+  return asked == strangers_.end() || asked->second;
 }
 
 bool Walker::all_to_stock() {
@@ -194,19 +226,22 @@ bool Walker::step(PyObject* optimizer) {
   if (!scaling_.readable) return false;
   if (scaling_.skip) return true;
 
-  states_.begin(state);
   grads_are_new_ = std::exchange(new_grads_, false);
-  std::size_t number = 0;  // of a parameter, counted over all groups
-  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
-    const Ref dict = Ref::borrow(PyList_GET_ITEM(groups, g));
-    if (!exact_dict(dict.get())) return all_to_stock();
-    const Ref params = Ref::borrow(params_.needed_in(dict.get()));
-    if (!PyList_Check(params.get())) return all_to_stock();
-    Group group{dict.get(), g, options_.read(dict.get(), static_cast<std::size_t>(g)), {}};
-    plan_group(group, params.get(), number);
+  if (met_strangers_) ask_strangers(groups);
+  const bool asked = std::exchange(met_strangers_, false);
+  states_.begin(state);
+  if (!plan_groups(groups)) return all_to_stock();
+  if (met_strangers_ && !asked) {
+    ask_strangers(groups);
+    routes_.clear();
+    left_.clear();
+    states_.clear();
+    plan_.begin();
+    states_.begin(state);
+    if (!plan_groups(groups)) return all_to_stock();
   }
   if (!routes_.empty()) {
-    routes_.resize(std::max(routes_.size(), static_cast<std::size_t>(PyList_GET_SIZE(groups))));
+    routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
   }
   // Duplicates and overlaps run in order. But where stock must take a part, or one parameter is to
   // get its first state twice, only stock knows the order: it takes all. So it does where what it

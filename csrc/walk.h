@@ -5,6 +5,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "options.h"
@@ -57,6 +58,7 @@ class Walker {
   };
   struct Cleanup;
 
+  bool plan_groups(PyObject* groups);
   void plan_group(Group& group, PyObject* params, std::size_t& number);
   template <int kStates>
   void plan_params(Group& group, PyObject* params, std::size_t& number);
@@ -66,6 +68,8 @@ class Walker {
   bool plan_first(Place place, Group& group, Subject& subject, const StatesSeen& seen);
   template <int kStates>
   void fetch(const Path& path) const;
+  void ask_strangers(PyObject* groups);
+  bool has_grad(PyObject* stranger) const;
   bool all_to_stock();
   void leave_to_stock(Place place, PyObject* param);
   const Update& update_of(Group& group, bool first) {
@@ -73,7 +77,7 @@ class Walker {
     return update.row >= 0 ? update : make_update(group, first);
   }
   const Update& make_update(Group& group, bool first);
-  void zero(at::Tensor& grad);
+  void zero(const at::Tensor& slot);
 
   const Rule& rule_;
   int rule_number_;
@@ -85,9 +89,13 @@ class Walker {
       differentiable_{"differentiable"}, pre_hooks_{"_optimizer_step_pre_hooks"},
       post_hooks_{"_optimizer_step_post_hooks"};
   std::vector<Path> paths_;  // one for each parameter, and some to look ahead into
+  // Parameters that are no plain tensors, and whether they have a gradient. Asking them may run
+  // Python code, so that is done before the walk, once it is known that there are any.
+  std::vector<std::pair<Ref, bool>> strangers_;
+  bool met_strangers_ = false;
   std::vector<Range> left_;  // memory of the parameters that are left to stock
   Scaling scaling_;
-  bool new_grads_ = false, grads_are_new_ = false;
+  bool new_grads_ = false, grads_are_new_ = false;  // at this step; at the last one
 };
 
 // The attributes of an object; the dict stays alive with the object.
@@ -114,6 +122,7 @@ struct Walker::Cleanup {
   ~Cleanup() {
     walker.states_.clear();
     walker.left_.clear();
+    walker.strangers_.clear();
     walker.plan_.release();
     walker.zero_plan_.release();
   }

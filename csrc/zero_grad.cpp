@@ -2,6 +2,8 @@
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
+#include <utility>
+
 #include "lookahead.h"
 #include "prefetch.h"
 #include "pytensor.h"
@@ -37,11 +39,15 @@ bool Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& 
   PyObject* groups = kept.get();
   if (groups == nullptr || !PyList_Check(groups)) return false;
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
-    if (!exact_dict(PyList_GET_ITEM(groups, g))) return false;
+    PyObject* dict = PyList_GET_ITEM(groups, g);
+    if (!exact_dict(dict)) return false;
+    PyObject* params = params_.needed_in(dict);
+    if (!PyList_Check(params) && !PyTuple_Check(params)) return false;
   }
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
-    const Ref params = Ref::steal(checked(PySequence_Fast(
-        params_.needed_in(PyList_GET_ITEM(groups, g)), "a group's params must be a sequence")));
+    const Ref params =
+        Ref::steal(checked(PySequence_Fast(params_.needed_in(PyList_GET_ITEM(groups, g)),
+                                           "a group's params must be a list or a tuple")));
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params.get()); ++i) {
       fetch_ahead(params.get(), i, set_to_none);
       PyObject* param = PySequence_Fast_GET_ITEM(params.get(), i);
@@ -51,14 +57,26 @@ bool Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& 
       }
       at::Tensor* grad = grad_slot(*impl_of(param));
       if (grad == nullptr || !grad->defined()) continue;
-      set_to_none ? grad->reset() : zero(*grad);
+      if (set_to_none) {
+        // Its end may run Python code (a weak reference's, say), which then finds it gone already.
+        const at::Tensor dropped = std::exchange(*grad, at::Tensor());
+      } else {
+        zero(*grad);
+      }
     }
   }
   zero_plan_.run(false);
   return true;
 }
 
-void Walker::zero(at::Tensor& grad) {
+void Walker::zero(const at::Tensor& slot) {
+  if (!slot.requires_grad() && !slot.is_inference() &&
+      !c10::impl::TorchDispatchModeTLS::any_modes_set() && zero_plan_.add_zero(slot)) {
+    return;
+  }
+  // What follows may run Python code: the end of a graph, a dispatched operator.
+  zero_plan_.retain();
+  const at::Tensor grad = slot;
   TORCH_CHECK(
       !grad.is_inference() || c10::InferenceMode::is_enabled(),
       "Inplace update to inference tensor outside InferenceMode is not allowed: a grad made "
@@ -71,7 +89,6 @@ void Walker::zero(at::Tensor& grad) {
     }
   }
   if (!c10::impl::TorchDispatchModeTLS::any_modes_set() && zero_plan_.add_zero(grad)) return;
-  zero_plan_.retain();  // a dispatched operator may run Python code
   grad.zero_();
 }
 

@@ -233,6 +233,12 @@ LAYOUTS = (
     Layout("expanded_grad", 20 * 33, lambda m: m.view(20, 33), all_expanded),
     Layout("expanded_grad_rows", 20 * 33, lambda m: m.view(20, 33), first_expanded(0)),
     Layout("expanded_grad_columns", 20 * 33, lambda m: m.view(20, 33), first_expanded(1)),
+    Layout(
+        "expanded_grad_permuted",
+        5 * 7 * 3,
+        lambda m: m.view(5, 7, 3),
+        lambda values: strided((2, 0, 1))(values[:, :1]).expand(values.shape),
+    ),
     Layout("expanded_grad_1d", 1000, flat(1000), all_expanded),
     Layout("slice_with_expanded_grad", 20 * 80, lambda m: m.view(20, 80)[:, :16], all_expanded),
     Layout("negated_grad", 131, flat(131), negated),

@@ -18,6 +18,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "maximize": {"maximize": True},
     "decay": {"weight_decay": 0.1},
+    "both": {"maximize": True, "weight_decay": 0.1},
 }
 
 
