@@ -164,6 +164,7 @@ void Walker::plan_group(Group& group, PyObject* params, std::size_t& number) {
 
 // False where the groups are kept in some way that only stock understands.
 bool Walker::plan_groups(PyObject* groups) {
+  strangers_met_ = 0;
   std::size_t number = 0;  // of a parameter, counted over all groups
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
     PyObject* dict = PyList_GET_ITEM(groups, g);
@@ -193,11 +194,17 @@ void Walker::ask_strangers(PyObject* groups) {
   }
 }
 
-// What was answered; one that was not asked goes to stock, which asks itself.
-bool Walker::has_grad(PyObject* stranger) const {
+// What was answered: in the order of the walk, if nothing has been moved by an answer. One that was
+// not asked goes to stock, which asks itself.
+bool Walker::has_grad(PyObject* stranger) {
   const auto is = [&](const auto& asked) { return asked.first.get() == stranger; };
-  const auto asked = std::find_if(strangers_.begin(), strangers_.end(), is);
-  return asked == strangers_.end() || asked->second;
+  auto asked = strangers_.begin() + static_cast<std::ptrdiff_t>(strangers_met_);
+  if (asked == strangers_.end() || !is(*asked)) {
+    asked = std::find_if(strangers_.begin(), strangers_.end(), is);
+    if (asked == strangers_.end()) return true;
+  }
+  strangers_met_ = static_cast<std::size_t>(asked - strangers_.begin()) + 1;
+  return asked->second;
 }
 
 bool Walker::all_to_stock() {

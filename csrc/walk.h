@@ -69,7 +69,7 @@ class Walker {
   template <int kStates>
   void fetch(const Path& path) const;
   void ask_strangers(PyObject* groups);
-  bool has_grad(PyObject* stranger) const;
+  bool has_grad(PyObject* stranger);
   bool all_to_stock();
   void leave_to_stock(Place place, PyObject* param);
   const Update& update_of(Group& group, bool first) {
@@ -92,8 +92,9 @@ class Walker {
   // Parameters that are no plain tensors, and whether they have a gradient. Asking them may run
   // Python code, so that is done before the walk, once it is known that there are any.
   std::vector<std::pair<Ref, bool>> strangers_;
-  bool met_strangers_ = false;
-  std::vector<Range> left_;  // memory of the parameters that are left to stock
+  std::size_t strangers_met_ = 0;  // in this walk
+  bool met_strangers_ = false;     // in this one or, at its start, in the last
+  std::vector<Range> left_;        // memory of the parameters that are left to stock
   Scaling scaling_;
   bool new_grads_ = false, grads_are_new_ = false;  // at this step; at the last one
 };
