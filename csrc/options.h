@@ -48,8 +48,7 @@ class OptionReader {
     double value = 0;
   };
   struct GroupSeen {
-    std::uint64_t version =
-        0;  // of the group's dict; 0 where a value is in an object that can change
+    std::uint64_t version = 0;  // of its dict; 0 where a value is in an object that can change
     GroupOptions options;
     std::vector<Seen> hypers;
   };

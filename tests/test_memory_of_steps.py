@@ -21,10 +21,6 @@ class Attributes:
     """Its attributes are a state."""
 
 
-def names(row: Row) -> tuple[str, ...]:
-    return row.states
-
-
 # Edits of a parameter's states, for each parameter in its turn: what a dict can be made to do.
 Edit = Callable[[Optimizer, Any, Row], None]
 
