@@ -36,4 +36,15 @@ FASTSGD_LANE double fma(double a, double b, double c) {
 #endif
 }
 
+// Correctly rounded, which torch's is not.
+FASTSGD_LANE float sqrt(float a) { return __builtin_sqrtf(a); }
+FASTSGD_LANE double sqrt(double a) { return __builtin_sqrt(a); }
+
+// The greater of two; a NaN if either is one.
+template <class L>
+FASTSGD_LANE L max(L a, L b) {
+  const L greater = a > b ? a : b;  // b where either is a NaN
+  return a == a ? greater : a;
+}
+
 }  // namespace fastsgd::lane

@@ -53,7 +53,6 @@ class Lookahead {
   }
 
  private:
-  static constexpr std::size_t kStorageBytes = 56;  // up to its size
   static constexpr std::size_t kCounterBytes = 32;
   static constexpr std::size_t kNotes = 32;
 

@@ -6,7 +6,7 @@ namespace fastsgd {
 namespace {
 
 // A one-element floating point CPU tensor's value; false for any other object.
-bool read_scalar_tensor(PyObject* object, double& value) {
+bool read_scalar_tensor(PyObject* object, Number& number) {
   if (!exact_tensor(object)) return false;
   const at::Tensor& tensor = tensor_of(object);
   if (!tensor.device().is_cpu() || tensor.layout() != at::kStrided || tensor.numel() != 1 ||
@@ -14,15 +14,16 @@ bool read_scalar_tensor(PyObject* object, double& value) {
       tensor._is_zerotensor()) {
     return false;
   }
+  number.dtype = static_cast<std::int8_t>(tensor.scalar_type());
   switch (tensor.scalar_type()) {
     case at::kFloat:
-      value = *tensor.const_data_ptr<float>();
+      number.value = *tensor.const_data_ptr<float>();
       break;
     case at::kDouble:
-      value = *tensor.const_data_ptr<double>();
+      number.value = *tensor.const_data_ptr<double>();
       break;
     default:
-      value = tensor.item<double>();
+      number.value = tensor.item<double>();
   }
   return true;
 }
@@ -42,28 +43,42 @@ OptionReader::OptionReader(const Rule& rule) : rule_(rule) {
   for (int i = 0; i < rule.hyper_count; ++i) hyper_keys_.emplace_back(rule.hypers[i].name);
 }
 
+// A key's value, or one of the pair that it holds. A pair in a list may change unnoticed.
+OptionReader::Read OptionReader::read_hyper(PyObject* object, const Hyper& hyper, Seen& seen,
+                                            Number& number) {
+  if (hyper.element < 0) return read_number(object, hyper.kind, seen, number);
+  const bool fixed = PyTuple_CheckExact(object);
+  if ((!fixed && !PyList_CheckExact(object)) || PySequence_Fast_GET_SIZE(object) != 2) {
+    return Read::kNot;
+  }
+  const Read read =
+      read_number(PySequence_Fast_GET_ITEM(object, hyper.element), hyper.kind, seen, number);
+  return read == Read::kConstant && !fixed ? Read::kMutable : read;
+}
+
 OptionReader::Read OptionReader::read_number(PyObject* object, Hyper::Kind kind, Seen& seen,
-                                             double& value) {
+                                             Number& number) {
   if (object == seen.object.get()) {
-    value = seen.value;
+    number = seen.number;
     return Read::kConstant;
   }
   if (kind == Hyper::kFlag) {
     bool flag;
     if (!read_flag(object, flag)) return Read::kNot;
-    value = flag ? 1 : 0;
+    number = flag ? 1.0 : 0.0;
   } else if (PyFloat_Check(object)) {
-    value = PyFloat_AS_DOUBLE(object);
+    number = PyFloat_AS_DOUBLE(object);
     if (!PyFloat_CheckExact(object)) return Read::kMutable;  // a subclass may hold on to anything
   } else if (PyLong_CheckExact(object)) {
-    value = PyLong_AsDouble(object);
-    if (value == -1 && PyErr_Occurred()) throw python_error();
+    number = PyLong_AsDouble(object);
+    if (number.value == -1 && PyErr_Occurred()) throw python_error();
   } else {
-    const bool reads = kind == Hyper::kNumberOrTensor && read_scalar_tensor(object, value);
-    return reads ? Read::kMutable : Read::kNot;
+    if (kind == Hyper::kNumber || !read_scalar_tensor(object, number)) return Read::kNot;
+    const bool single = number.dtype == static_cast<std::int8_t>(at::kFloat);
+    return kind == Hyper::kNumberOrTensor || single ? Read::kMutable : Read::kNot;
   }
   seen.object = Ref::borrow(object);  // immutable, so the same object is the same value
-  seen.value = value;
+  seen.number = number;
   return Read::kConstant;
 }
 
@@ -79,14 +94,13 @@ const GroupOptions& OptionReader::read(PyObject* group, std::size_t number) {
   options.readable = read_flag(maximize_.needed_in(group), options.maximize);
   bool constant = true;
   for (std::size_t i = 0; i < hyper_keys_.size(); ++i) {
-    const Read read = read_number(hyper_keys_[i].needed_in(group), rule_.hypers[i].kind,
-                                  seen.hypers[i], options.hypers[i]);
+    const Read read = read_hyper(hyper_keys_[i].needed_in(group), rule_.hypers[i], seen.hypers[i],
+                                 options.hypers[i]);
     options.readable &= read != Read::kNot;
     constant &= read == Read::kConstant;
   }
   if (!options.readable) return options;
   options.structure = rule_.structure(options.hypers);
-  options.states = rule_.state_count(options.structure);
   if (constant) seen.version = version;
   return options;
 }
@@ -94,12 +108,14 @@ const GroupOptions& OptionReader::read(PyObject* group, std::size_t number) {
 Scaling OptionReader::read_scaling(PyObject* attributes) {
   Scaling scaling;
   if (PyObject* found_inf = found_inf_.optional_in(attributes)) {
-    double found;
+    Number found;
     if (!read_scalar_tensor(found_inf, found)) return scaling;
-    scaling.skip = found != 0;
+    scaling.skip = found.value != 0;
   }
   if (PyObject* grad_scale = grad_scale_.optional_in(attributes)) {
-    if (!read_scalar_tensor(grad_scale, scaling.scale)) return scaling;
+    Number scale;
+    if (!read_scalar_tensor(grad_scale, scale)) return scaling;
+    scaling.scale = scale.value;
     scaling.unscale = true;
   }
   scaling.readable = true;
@@ -108,7 +124,7 @@ Scaling OptionReader::read_scaling(PyObject* attributes) {
 
 void OptionReader::refuse(Place place, PyObject* group, PyObject* param) {
   for (std::size_t i = 0; i < hyper_keys_.size(); ++i) {
-    if (rule_.hypers[i].kind == Hyper::kFlag) continue;
+    if (rule_.hypers[i].kind == Hyper::kFlag || rule_.hypers[i].element >= 0) continue;
     const char* name = rule_.hypers[i].name;
     PyObject* option = hyper_keys_[i].needed_in(group);
     if (THPVariable_Check(option)) {

@@ -14,10 +14,12 @@ namespace fastsgd {
 
 // The options of one group as they are at this step.
 struct GroupOptions {
-  double hypers[kMaxHypers];
+  Number hypers[kMaxHypers];
   bool maximize = false;
   bool readable = false;  // false: an option only stock can interpret
-  int structure = 0, states = 0;
+  int structure = 0;
+
+  friend bool operator==(const GroupOptions&, const GroupOptions&) = default;
 };
 
 // What a GradScaler leaves on an optimizer that does its own unscaling.
@@ -45,7 +47,7 @@ class OptionReader {
   // A hyper-parameter: its value belongs to the immutable object that was seen.
   struct Seen {
     Ref object;
-    double value = 0;
+    Number number;
   };
   struct GroupSeen {
     std::uint64_t version = 0;  // of its dict; 0 where a value is in an object that can change
@@ -53,7 +55,8 @@ class OptionReader {
     std::vector<Seen> hypers;
   };
   enum class Read { kConstant, kMutable, kNot };
-  Read read_number(PyObject* object, Hyper::Kind kind, Seen& seen, double& value);
+  Read read_hyper(PyObject* object, const Hyper& hyper, Seen& seen, Number& number);
+  Read read_number(PyObject* object, Hyper::Kind kind, Seen& seen, Number& number);
 
   const Rule& rule_;
   DictKey maximize_{"maximize"}, grad_scale_{"grad_scale"}, found_inf_{"found_inf"};

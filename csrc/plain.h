@@ -17,6 +17,9 @@
 
 namespace fastsgd {
 
+// What is read of a StorageImpl lies in its first bytes, up to its size.
+inline constexpr std::size_t kStorageBytes = 56;
+
 // The fields that torch keeps from everyone but subclasses. Never made.
 class Fields : c10::TensorImpl {
  public:

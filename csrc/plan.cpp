@@ -3,6 +3,7 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/neg.h>
 #include <Python.h>
 
@@ -27,16 +28,21 @@ class WithoutGil {
 
 // A tensor for a state, its memory laid out as stock's operators would lay it out.
 at::Tensor new_state(const Update& update, c10::TensorImpl& param, c10::TensorImpl& grad) {
-  const at::Tensor g(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&grad));
+  const auto of = [](c10::TensorImpl& tensor) {
+    return at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&tensor));
+  };
+  if (update.new_state == NewState::kFilled) {
+    return at::full_like(of(param), update.fill, at::TensorOptions().requires_grad(false));
+  }
+  const at::Tensor g = of(grad);
   const bool alike = grad.is_contiguous() && grad.strides() == param.strides();
-  if (alike || (update.state_like == StateLike::kGrad && !update.maximize))
-    return at::empty_like(g);
+  if (alike || (update.new_state == NewState::kOfGrad && !update.maximize)) return at::empty_like(g);
   const auto shape_of = [](const c10::TensorImpl& tensor) {
     return at::empty_strided(tensor.sizes(), tensor.strides(), at::device(at::kMeta));
   };
   at::Tensor like = shape_of(grad);
   if (update.maximize) like = at::neg(like);
-  if (update.state_like == StateLike::kGradAndParam) like = at::add(like, shape_of(param));
+  if (update.new_state == NewState::kOfGradAndParam) like = at::add(like, shape_of(param));
   return at::empty_strided(like.sizes(), like.strides(), g.options().requires_grad(false));
 }
 
@@ -47,6 +53,7 @@ bool written(const Update& update, int stream) { return stream != kGrad || updat
 void Plan::begin() {
   used_ = owners_used_ = layouts_used_ = 0;
   bytes_ = 0;
+  counters_.begin();
   spans_.clear();
   span_kernel_ = nullptr;
   rows_.clear();
@@ -67,12 +74,12 @@ void Plan::grow() {
 }
 
 bool Plan::add_unusual(const Update& update, Place place, const Subject& subject) {
-  return check_kinds(place, *update.rule, subject, update.writes_grad) &&
+  return check_kinds(place, *update.structure, subject, update.writes_grad) &&
          add_checked(update, place, subject);
 }
 
 bool Plan::add_creating(const Update& update, Place place, Subject& subject, at::Tensor* created) {
-  if (!check_kinds(place, *update.rule, subject, update.writes_grad)) return false;
+  if (!check_kinds(place, *update.structure, subject, update.writes_grad)) return false;
   for (int s = kState; s < subject.streams; ++s) {
     if (subject.tensor[s] != nullptr) continue;
     created[s - kState] = new_state(update, *subject.tensor[kParam], *subject.tensor[kGrad]);
@@ -107,7 +114,7 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
     bytes[s] = (flat ? count : layout.extent(s)) * item_size;
     const std::int64_t offset = tensor.storage_offset() * item_size;
     if (static_cast<std::int64_t>(storage->nbytes()) < offset + bytes[s]) {
-      storage_too_small(place, *update.rule, s, tensor);
+      storage_too_small(place, *update.structure, s, tensor);
     }
     run.stream[s] = data_of(*storage, written(update, s)) + offset;
     owners[s] = {&tensor, storage};
@@ -158,7 +165,7 @@ bool Plan::lay_out(const Update& update, Place place, const Subject& subject, La
   for (int s = 0; s < subject.streams; ++s) {
     if (!written(update, s)) continue;
     for (int d = 0; d < layout.dims; ++d) {
-      if (layout.stride[d][s] == 0) written_but_expanded(place, *update.rule, s);
+      if (layout.stride[d][s] == 0) written_but_expanded(place, *update.structure, s);
     }
     if (!layout.injective(s)) return false;
   }
@@ -194,6 +201,7 @@ void Plan::collect_ranges() {
   end_spans();
   writes_.clear();
   reads_.clear();
+  counters_.collect(writes_);
   for (const Span& span : spans_) {
     for (std::int64_t r = span.first; r < span.end; ++r) {
       const Run& run = runs_[static_cast<std::size_t>(r)];
@@ -209,6 +217,7 @@ void Plan::collect_ranges() {
 }
 
 bool Plan::ordered() {
+  moved_ |= counters_.moved();
   if (moved_ || used_ != ordered_for_) {
     collect_ranges();
     ordered_ = any_meet(writes_, reads_);
@@ -226,15 +235,20 @@ bool Plan::meets(std::vector<Range>& others) {
 
 void Plan::retain(std::size_t first_owner, std::size_t owners) {
   for (std::size_t i = first_owner; i < first_owner + owners; ++i) {
-    retained_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(owners_[i].tensor));
-    storages_.push_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(owners_[i].storage));
+    retain(owners_[i].tensor, owners_[i].storage);
   }
+}
+
+void Plan::retain(c10::TensorImpl* tensor, c10::StorageImpl* storage) {
+  retained_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
+  storages_.push_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage));
 }
 
 void Plan::retain() {
   if (retaining_) return;
   retaining_ = true;
   retain(0, owners_used_);
+  for (const Counters::Counter& counter : counters_.kept()) retain(counter.tensor, counter.storage);
 }
 
 void Plan::retain_storages() {
@@ -262,6 +276,7 @@ void Plan::bump_versions() const {
 void Plan::run(bool needs_order) {
   end_spans();
   bump_versions();
+  counters_.advance();
   const bool in_order = needs_order && ordered();
   const bool without_gil = bytes_ >= kWorthTheGil;
   if (without_gil && !retaining_) retain_storages();  // kernels know nothing but their memory

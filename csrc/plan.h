@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "alias.h"
+#include "counters.h"
 #include "cpu/engine.h"
 #include "kernel.h"
 #include "layout.h"
@@ -20,11 +21,12 @@ namespace fastsgd {
 
 // How some parameters are updated: those of one group, at one step of theirs.
 struct Update {
-  const Rule* rule = nullptr;
+  const Structure* structure = nullptr;
   const Kernel* kernels = nullptr;  // by storage type
   std::int32_t row = -1;
   bool writes_grad = false, maximize = false;
-  StateLike state_like = StateLike::kGrad;
+  NewState new_state = NewState::kFilled;
+  double fill = 0;
 };
 
 class Plan {
@@ -43,6 +45,9 @@ class Plan {
   }
   // The same for a parameter that lacks states: they are allocated into `created`.
   bool add_creating(const Update& update, Place place, Subject& subject, at::Tensor* created);
+
+  // The counters of the parameters that are added.
+  Counters& counters() { return counters_; }
 
   // Adds a gradient to set to zero; false if its memory has gaps or is not plain.
   bool add_zero(const at::Tensor& grad);
@@ -97,6 +102,7 @@ class Plan {
   void end_spans();
   void grow();
   void retain(std::size_t first_owner, std::size_t owners);
+  void retain(c10::TensorImpl* tensor, c10::StorageImpl* storage);
   void retain_storages();
   void collect_ranges();
   void bump_versions() const;
@@ -114,6 +120,7 @@ class Plan {
   std::deque<Layout> layouts_;  // a deque: spans point into it while it grows
   std::size_t layouts_used_ = 0;
   std::int64_t bytes_ = 0;
+  Counters counters_;
   const Plain plain_ = plain();
 
   bool moved_ = true;  // a run is another than at the last step
@@ -154,7 +161,7 @@ bool Plan::add_usual(const Update& update, const Subject& subject) {
   for (std::size_t s = 0; s < kStreams; ++s) {
     const Owner& ahead = owners[kAhead * kStreams + s];
     prefetch<sizeof(c10::TensorImpl)>(ahead.tensor);
-    prefetch<56>(ahead.storage);  // up to its size
+    prefetch<kStorageBytes>(ahead.storage);
   }
 
   const c10::TensorImpl& param = *subject.tensor[kParam];

@@ -5,6 +5,8 @@
 
 #include <cstddef>
 
+#include "number.h"
+
 namespace fastsgd {
 
 // A hyper-parameter: a key of a parameter group, and the values of it that a rule computes with.
@@ -12,17 +14,33 @@ struct Hyper {
   enum Kind {
     kNumber,          // a Python int or float
     kNumberOrTensor,  // the same, or a floating point tensor of one element
+    kNumberOrSingle,  // the same, or a float32 tensor of one element
     kFlag,            // anything; its truth value counts
   };
   const char* name;
   Kind kind = kNumber;
+  int element = -1;  // where the key holds a pair: which of the two
 };
 
-// What a new state is laid out like in memory: stock makes each from some tensor, and states are
-// stock's.
-enum class StateLike {
-  kGrad,          // a copy of the gradient
-  kGradAndParam,  // of their sum
+// A state of a parameter: a key of its entry in the optimizer's state.
+struct State {
+  const char* name;
+  bool lerped = false;  // stock interpolates towards the gradient, and asks for one dtype of both
+};
+
+// How a new state comes to be: stock makes each from some tensor, and states are stock's.
+enum class NewState {
+  kOfGrad,          // a copy of the gradient
+  kOfGradAndParam,  // of their sum
+  kFilled,          // like the parameter, filled with zeros or the rule's kFill
+};
+
+// When in a parameter's life a step is taken.
+struct Moment {
+  bool first = false;  // the step makes the states; not said to a rule that counts
+  double step = 0;     // its number, from 1 on, for a rule that counts
+
+  friend bool operator==(const Moment&, const Moment&) = default;
 };
 
 inline constexpr int kMaxHypers = 12;
@@ -30,8 +48,13 @@ inline constexpr int kMaxStates = 4;
 inline constexpr int kMaxStructures = 4;
 inline constexpr std::size_t kScalarBytes = 96;
 
+// The states of a rule are a set, its members numbered by their place in kStates.
+using StateSet = unsigned;
+constexpr int size_of(StateSet set) { return set == 0 ? 0 : static_cast<int>(set & 1) + size_of(set >> 1); }
+
 // The scalars of one step as the host computed them (a rule's Scalars<double>), and what the engine
-// does to a gradient before the rule sees it. Parameters of one group at the same step share a row.
+// does to a gradient before the rule sees it. Parameters at the same step whose hyper-parameters
+// are the same share a row.
 struct Row {
   alignas(double) unsigned char scalars[kScalarBytes];
   double grad_scale = 1;  // of a gradient scaler; the gradient divided by it is written back
@@ -39,19 +62,29 @@ struct Row {
   bool maximize = false;
 };
 
+// What one structure of a rule keeps for a parameter, in the order of the kernel's streams.
+struct Structure {
+  int count = 0;
+  int number[kMaxStates] = {};  // in the rule's states
+  State state[kMaxStates] = {};
+};
+
 // A rule as the host sees it, when the type is no longer known.
 struct Rule {
   const char* name;
   const Hyper* hypers;
   int hyper_count;
-  const char* const* states;
-  int max_states;
-  // The structure that these hyper-parameters ask for, and how many of `states` it has.
-  int (*structure)(const double* hypers);
-  int (*state_count)(int structure);
-  StateLike (*state_like)(const double* hypers);
-  // Computes the scalars of a parameter's first or a later step into `row`.
-  void (*scalars)(const double* hypers, bool first, Row& row);
+  const State* states;
+  int state_count;
+  bool counts = false;              // it has a state "step" besides, which counts a parameter's steps
+  const char* fill = nullptr;  // the default that new states are filled with; null for zero
+  const char* sparse_error = nullptr;  // what stock says of a sparse gradient; null where it takes them
+  Structure structures[kMaxStructures];
+  // The structure that these hyper-parameters ask for.
+  int (*structure)(const Number* hypers);
+  NewState (*new_state)(const Number* hypers);
+  // Computes the scalars of a step into `row`.
+  void (*scalars)(const Number* hypers, const Moment& moment, Row& row);
 };
 
 }  // namespace fastsgd

@@ -5,7 +5,7 @@
 namespace fastsgd {
 
 States::States(const Rule& rule) : rule_(rule) {
-  for (int i = 0; i < rule.max_states; ++i) keys_.emplace_back(rule.states[i]);
+  for (int i = 0; i < rule.state_count; ++i) keys_.emplace_back(rule.states[i].name);
 }
 
 void States::begin(PyObject* state) {
@@ -14,25 +14,40 @@ void States::begin(PyObject* state) {
   map_.begin(state);
 }
 
-States::Found States::find(Place place, PyObject* param, int structure, int count, StatesSeen& seen,
+std::string States::value_name(const Structure& structure, int value) const {
+  return value == structure.count ? "its state 'step'" : stream_name(structure, kState + value);
+}
+
+States::Found States::find(Place place, PyObject* param, int structure, StatesSeen& seen,
                            c10::TensorImpl** states) {
+  const Structure& wanted = rule_.structures[structure];
+  const int count = value_count(wanted);
   seen.version = 0;
   std::fill_n(states, count, nullptr);
   seen.param = param;
   seen.states = map_.at(param, seen.position);
   if (seen.states == nullptr) return Found::kSome;
   if (!PyDict_Check(seen.states)) return Found::kForeign;
+  const bool all_or_none = rule_.counts;
+  if (all_or_none && PyDict_Size(seen.states) == 0) return Found::kSome;
   bool all = true;
   for (int i = 0; i < count; ++i) {
-    PyObject* state = keys_[static_cast<std::size_t>(i)].optional_in(seen.states);
-    if (state == nullptr) {
+    PyObject* state = key(wanted, i).in(seen.states);
+    if (!all_or_none && (state == nullptr || state == Py_None)) {
       all = false;
       continue;
     }
+    if (state == nullptr) {
+      PyErr_SetString(PyExc_KeyError,
+                      c10::str(at_place(place), " lacks ", value_name(wanted, i),
+                               ". Was an option turned on that needs it, after the first step?")
+                          .c_str());
+      throw python_error();
+    }
     if (!exact_tensor(state)) {
-      TORCH_CHECK_TYPE(THPVariable_Check(state), at_place(place), ": ",
-                       stream_name(rule_, kState + i), " must be a Tensor, not ",
-                       Py_TYPE(state)->tp_name, ". Is the checkpoint corrupt?");
+      TORCH_CHECK_TYPE(THPVariable_Check(state), at_place(place), ": ", value_name(wanted, i),
+                       " must be a Tensor, not ", Py_TYPE(state)->tp_name,
+                       ". Is the checkpoint corrupt?");
       return Found::kForeign;
     }
     seen.value[i] = state;
@@ -45,11 +60,11 @@ States::Found States::find(Place place, PyObject* param, int structure, int coun
   return Found::kAll;
 }
 
-Creation& States::create(const StatesSeen& seen, int count) {
+Creation& States::create(const StatesSeen& seen, int structure) {
   Creation& creation = creations_.emplace_back();
   creation.param = Ref::borrow(seen.param);
   creation.states = Ref::borrow(seen.states);
-  creation.count = count;
+  creation.structure = &rule_.structures[structure];
   return creation;
 }
 
@@ -66,16 +81,13 @@ void States::commit() {
   }
 }
 
+// Enters them in stock's order, in which a checkpoint then lists them.
 void States::store(Creation& creation) {
   const bool enters = !creation.states;
   if (enters) creation.states = Ref::steal(checked(PyDict_New()));
-  for (int i = 0; i < creation.count; ++i) {
-    if (!creation.value[i].defined()) continue;
-    DictKey& key = keys_[static_cast<std::size_t>(i)];
-    creation.before[i] = Ref::borrow(key.in(creation.states.get()));
-    const Ref value = Ref::steal(checked(THPVariable_Wrap(creation.value[i])));
-    if (PyDict_SetItem(creation.states.get(), key.name(), value.get()) != 0) throw python_error();
-  }
+  const int count = creation.structure->count;
+  if (rule_.counts) store(creation, count);
+  for (int i = 0; i < count; ++i) store(creation, i);
   if (!enters) return;
   creation.entered = true;
   if (PyDict_SetItem(state_, creation.param.get(), creation.states.get()) != 0) {
@@ -83,10 +95,18 @@ void States::store(Creation& creation) {
   }
 }
 
+void States::store(Creation& creation, int value) {
+  if (!creation.value[value].defined()) return;
+  DictKey& name = key(*creation.structure, value);
+  creation.before[value] = Ref::borrow(name.in(creation.states.get()));
+  const Ref object = Ref::steal(checked(THPVariable_Wrap(creation.value[value])));
+  if (PyDict_SetItem(creation.states.get(), name.name(), object.get()) != 0) throw python_error();
+}
+
 void States::undo(Creation& creation) noexcept {
-  for (int i = 0; creation.states && i < creation.count; ++i) {
+  for (int i = 0; creation.states && i < value_count(*creation.structure); ++i) {
     if (!creation.value[i].defined()) continue;
-    PyObject* name = keys_[static_cast<std::size_t>(i)].name();
+    PyObject* name = key(*creation.structure, i).name();
     if (creation.before[i]) {
       PyDict_SetItem(creation.states.get(), name, creation.before[i].get());
     } else {

@@ -18,7 +18,7 @@ struct StatesSeen {
   std::uint64_t version = 0, version_of_states = 0;  // of `state`, and of what it has for `param`
   PyObject* param = nullptr;
   PyObject* states = nullptr;
-  PyObject* value[kMaxStates];
+  PyObject* value[kMaxStates + 1];
   int structure = -1;
   Py_ssize_t position = 0;  // in `state`
 };
@@ -26,10 +26,10 @@ struct StatesSeen {
 // States that this step creates for a parameter.
 struct Creation {
   Ref param, states;  // the states' dict, or null where the parameter has none yet
-  at::Tensor value[kMaxStates];
-  bool entered = false;    // into the optimizer's state, by this step
-  Ref before[kMaxStates];  // what an existing dict held under the state's name
-  int count = 0;
+  const Structure* structure = nullptr;
+  at::Tensor value[kMaxStates + 1];
+  bool entered = false;        // into the optimizer's state, by this step
+  Ref before[kMaxStates + 1];  // what an existing dict held under the state's name
 };
 
 class States {
@@ -41,15 +41,16 @@ class States {
   // Lets go of what a step has left.
   void clear() { creations_.clear(); }
 
-  // The parameter's states as they were seen, if nothing can have changed since.
-  template <int kStates>
+  // The parameter's states as they were seen, if nothing can have changed since; and after them its
+  // counter, if the rule counts: `kValues` in all.
+  template <int kValues>
   bool recall(PyObject* param, int structure, const StatesSeen& seen,
               c10::TensorImpl** states) const {
     if (version_ == 0 || seen.version != version_ || seen.param != param) return false;
     if (version_of(seen.states) != seen.version_of_states || seen.structure != structure) {
       return false;
     }
-    for (int i = 0; i < kStates; ++i) {
+    for (int i = 0; i < kValues; ++i) {
       if (!exact_tensor(seen.value[i])) return false;
       states[i] = impl_of(seen.value[i]);
     }
@@ -58,8 +59,8 @@ class States {
 
   enum class Found { kAll, kSome, kForeign };  // all; not all; something only stock understands
 
-  // The same by looking; null for a state that is not there.
-  Found find(Place place, PyObject* param, int structure, int count, StatesSeen& seen,
+  // The same by looking; null for a state that is to be made. Throws for one that stock would miss.
+  Found find(Place place, PyObject* param, int structure, StatesSeen& seen,
              c10::TensorImpl** states);
 
   // The dict of a parameter's states; null if there is none.
@@ -68,8 +69,8 @@ class States {
     return map_.at(param, position);
   }
 
-  // Notes that those of `count` states that were not found come to be with this step.
-  Creation& create(const StatesSeen& seen, int count);
+  // Notes that those states of a structure that were not found come to be with this step.
+  Creation& create(const StatesSeen& seen, int structure);
   void create_no_more() { creations_.pop_back(); }
   bool creates() const { return !creations_.empty(); }
 
@@ -77,11 +78,18 @@ class States {
   void commit();
 
  private:
+  int value_count(const Structure& structure) const { return structure.count + rule_.counts; }
+  std::string value_name(const Structure& structure, int value) const;
+  DictKey& key(const Structure& structure, int value) {
+    return value == structure.count ? step_ : keys_[static_cast<std::size_t>(structure.number[value])];
+  }
   void store(Creation& creation);
+  void store(Creation& creation, int value);
   void undo(Creation& creation) noexcept;
 
   const Rule& rule_;
   std::vector<DictKey> keys_;
+  DictKey step_{"step"};
   PyObject* state_ = nullptr;
   std::uint64_t version_ = 0;
   IdentityMap map_;

@@ -37,20 +37,20 @@ std::string at_place(Place place) {
   return c10::str("param_groups[", place.group, "]['params'][", place.index, "]");
 }
 
-std::string stream_name(const Rule& rule, int stream) {
+std::string stream_name(const Structure& structure, int stream) {
   if (stream == kParam) return "its data";
   if (stream == kGrad) return "its grad";
-  return c10::str("its state '", rule.states[stream - kState], "'");
+  return c10::str("its state '", structure.state[stream - kState].name, "'");
 }
 
-bool check_kinds(Place place, const Rule& rule, const Subject& subject, bool writes_grad) {
+bool check_kinds(Place place, const Structure& structure, const Subject& subject, bool writes_grad) {
   const c10::TensorImpl& param = *subject.tensor[kParam];
   if (!is_plain(param) && !is_plain_inference(param)) return false;
   bool takes = storage_type(param).has_value();
   for (int s = 0; s < subject.streams; ++s) {
     if (subject.tensor[s] == nullptr) continue;
     c10::TensorImpl& tensor = *subject.tensor[s];
-    const auto name = [&] { return stream_name(rule, s); };
+    const auto name = [&] { return stream_name(structure, s); };
     TORCH_CHECK(tensor.device() == param.device(), at_place(place), " is on ", param.device(),
                 " but ", name(), " is on ", tensor.device(),
                 ". Expected all tensors to be on the same device.");
@@ -77,21 +77,31 @@ bool check_kinds(Place place, const Rule& rule, const Subject& subject, bool wri
                 ", to which that does not broadcast. Was the parameter's data swapped?");
     const auto of_param = c10::typeMetaToScalarType(param.dtype());
     const auto of_state = c10::typeMetaToScalarType(tensor.dtype());
-    TORCH_CHECK(at::isFloatingType(of_state) || !at::isFloatingType(of_param), at_place(place),
-                " has dtype ", of_param, " but ", name(), " has dtype ", of_state,
+    const bool casts = at::isFloatingType(of_state) || !at::isFloatingType(of_param);
+    TORCH_CHECK((casts && !structure.state[s - kState].lerped) || of_state == of_param,
+                at_place(place), " has dtype ", of_param, " but ", name(), " has dtype ", of_state,
                 ", whose result can't be cast to it. Is the checkpoint corrupt?");
   }
   return takes;
 }
 
-void storage_too_small(Place place, const Rule& rule, int stream, const c10::TensorImpl& tensor) {
-  TORCH_CHECK(false, at_place(place), ": the storage of ", stream_name(rule, stream), " holds ",
+void check_counter(Place place, const c10::TensorImpl& counter) {
+  TORCH_CHECK(counter.numel() == 1, at_place(place), ": its state 'step' has shape ",
+              counter.sym_sizes(), ", and must be one number. Is the checkpoint corrupt?");
+  TORCH_CHECK(!is_plain_inference(counter) || c10::InferenceMode::is_enabled(), at_place(place),
+              ": its state 'step' is an inference tensor. Inplace update to inference tensor outside "
+              "InferenceMode is not allowed. You can make a clone to get a normal tensor before "
+              "doing inplace update.");
+}
+
+void storage_too_small(Place place, const Structure& structure, int stream, const c10::TensorImpl& tensor) {
+  TORCH_CHECK(false, at_place(place), ": the storage of ", stream_name(structure, stream), " holds ",
               tensor.storage().nbytes(), " bytes, too few for its shape ", tensor.sizes(),
               ". Was it freed or resized?");
 }
 
-void written_but_expanded(Place place, const Rule& rule, int stream) {
-  TORCH_CHECK(false, at_place(place), ": ", stream_name(rule, stream),
+void written_but_expanded(Place place, const Structure& structure, int stream) {
+  TORCH_CHECK(false, at_place(place), ": ", stream_name(structure, stream),
               " is expanded. unsupported operation: more than one element of the written-to tensor "
               "refers to a single memory location. Please clone() the tensor before performing the "
               "operation.");

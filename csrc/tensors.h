@@ -16,9 +16,10 @@ struct Place {
   std::int64_t group, index;
 };
 
-// A parameter as the walk found it: its streams, and null for a state that it does not have yet.
+// A parameter as the walk found it: its streams, and null for a state that it does not have yet;
+// after them the counter of its steps, if the rule counts them.
 struct Subject {
-  c10::TensorImpl* tensor[kMaxStreams];
+  c10::TensorImpl* tensor[kMaxStreams + 1];
   int streams;
 };
 
@@ -48,14 +49,17 @@ bool same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b);
 // "param_groups[0]['params'][3]".
 std::string at_place(Place place);
 // "its grad", "its state 'momentum_buffer'".
-std::string stream_name(const Rule& rule, int stream);
+std::string stream_name(const Structure& structure, int stream);
 
 // Whether kernels can take the tensors of a parameter: plain ones of one dtype and one shape.
 // Throws where stock could not take them either.
-bool check_kinds(Place place, const Rule& rule, const Subject& subject, bool writes_grad);
+bool check_kinds(Place place, const Structure& structure, const Subject& subject, bool writes_grad);
 
-[[noreturn]] void storage_too_small(Place place, const Rule& rule, int stream,
+// Throws where stock could not count a step with this tensor.
+void check_counter(Place place, const c10::TensorImpl& counter);
+
+[[noreturn]] void storage_too_small(Place place, const Structure& structure, int stream,
                                     const c10::TensorImpl& tensor);
-[[noreturn]] void written_but_expanded(Place place, const Rule& rule, int stream);
+[[noreturn]] void written_but_expanded(Place place, const Structure& structure, int stream);
 
 }  // namespace fastsgd

@@ -37,7 +37,11 @@ bool exact_dict(PyObject* object) {
 }
 
 Walker::Walker(int rule)
-    : rule_(rule_at(rule)), rule_number_(rule), options_(rule_), states_(rule_) {}
+    : rule_(rule_at(rule)),
+      rule_number_(rule),
+      options_(rule_),
+      states_(rule_),
+      fill_(rule_.fill == nullptr ? "" : rule_.fill) {}
 
 bool Walker::unobserved(PyObject* optimizer) {
   if (at::hasCallbacks() || any_global_hook()) return false;
@@ -47,37 +51,53 @@ bool Walker::unobserved(PyObject* optimizer) {
   return pre != nullptr && post != nullptr && PyDict_Size(pre) == 0 && PyDict_Size(post) == 0;
 }
 
-const Update& Walker::make_update(Group& group, bool first) {
-  const GroupOptions& options = group.options;
+// --- updates ------------------------------------------------------------------------------------
+
+// The update of parameters of a group at a moment, which may be another's of this step: groups whose
+// options are equal share it, and the kernels then take their parameters together.
+const Update& Walker::find_update(Group& group, const Moment& moment) {
+  constexpr std::size_t kLooks = 8;  // a bound on the time this takes where no two are equal
+  group.moment = moment;
+  const std::size_t begin = made_.size() - std::min(made_.size(), kLooks);
+  for (std::size_t i = made_.size(); i-- > begin;) {
+    if (made_[i].moment == moment && made_[i].options == group.options) {
+      return group.update = made_[i].update;
+    }
+  }
+  group.update = make_update(group.options, moment);
+  made_.push_back({group.options, moment, group.update});
+  return group.update;
+}
+
+Update Walker::make_update(const GroupOptions& options, const Moment& moment) {
   Row row;
-  rule_.scalars(options.hypers, first, row);
+  rule_.scalars(options.hypers, moment, row);
   row.grad_scale = scaling_.scale;
   row.unscale = scaling_.unscale;
   row.maximize = options.maximize;
-  Update& update = group.update[first ? 1 : 0];
-  update = {&rule_,
-            kernels().step[rule_number_][options.structure],
-            plan_.add_row(row),
-            scaling_.unscale,
-            options.maximize,
-            rule_.state_like(options.hypers)};
-  return update;
+  return {&rule_.structures[options.structure],
+          kernels().step[rule_number_][options.structure],
+          plan_.add_row(row),
+          scaling_.unscale,
+          options.maximize,
+          rule_.new_state(options.hypers),
+          fill_value_};
 }
 
 // --- one parameter ------------------------------------------------------------------------------
 
-template <int kStates>
+template <int kValues>
 FASTSGD_PREFETCHING void Walker::fetch(const Path& path) const {
   prefetch(path.param);
   prefetch(path.grad_slot);
   prefetch(path.grad_object);
-  if constexpr (kStates > 0) {
+  if constexpr (kValues > 0) {
     prefetch<sizeof(PyDictObject)>(path.states.states);
-    for (int i = 0; i < kStates; ++i) prefetch(path.states.value[i]);
+    for (int i = 0; i < kValues; ++i) prefetch(path.states.value[i]);
   }
 }
 
-template <int kStates>
+template <int kStates, bool kCounts>
 bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& path) {
   const auto place = [&] { return Place{group.number, index}; };
   Subject subject;
@@ -99,29 +119,57 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
   if (grad_object != nullptr && !exact_tensor(grad_object)) [[unlikely]]
     return false;
   subject.streams = kState + kStates;
-  if constexpr (kStates > 0) {
+  constexpr int kValues = kStates + (kCounts ? 1 : 0);
+  if constexpr (kValues > 0) {
     const int structure = group.options.structure;
     c10::TensorImpl** states = subject.tensor + kState;
-    if (!states_.recall<kStates>(param, structure, path.states, states)) [[unlikely]] {
-      const auto found = states_.find(place(), param, structure, kStates, path.states, states);
+    if (!states_.recall<kValues>(param, structure, path.states, states)) [[unlikely]] {
+      const auto found = states_.find(place(), param, structure, path.states, states);
       if (found == States::Found::kForeign) return false;
       if (found == States::Found::kSome) return plan_first(place(), group, subject, path.states);
     }
   }
-  return plan_.add<kStates>(update_of(group, false), place(), subject);
+  Moment moment;
+  if constexpr (kCounts) {
+    c10::TensorImpl& counter = *subject.tensor[kState + kStates];
+    if (!plan_.counters().read(counter, moment.step)) [[unlikely]] {
+      check_counter(place(), counter);
+      return false;
+    }
+  }
+  if (!plan_.add<kStates>(update_of(group, moment), place(), subject)) return false;
+  if constexpr (kCounts) plan_.counters().keep();
+  return true;
 }
 
 // The first step of a parameter, which makes its states.
 bool Walker::plan_first(Place place, Group& group, Subject& subject, const StatesSeen& seen) {
-  Creation& creation = states_.create(seen, subject.streams - kState);
-  if (plan_.add_creating(update_of(group, true), place, subject, creation.value)) return true;
-  states_.create_no_more();
-  return false;
+  Creation& creation = states_.create(seen, group.options.structure);
+  Moment moment;
+  moment.first = !rule_.counts;
+  if (rule_.counts) {
+    at::Tensor& counter = creation.value[subject.streams - kState] = new_counter(group.dict);
+    plan_.counters().read(*counter.unsafeGetTensorImpl(), moment.step);
+  }
+  if (!plan_.add_creating(update_of(group, moment), place, subject, creation.value)) {
+    states_.create_no_more();
+    return false;
+  }
+  if (rule_.counts) plan_.counters().keep();
+  return true;
+}
+
+// Stock keeps counters on the CPU, in float64 where that is the default dtype.
+at::Tensor Walker::new_counter(PyObject* group) {
+  PyObject* fused = fused_.in(group);
+  const bool is_double = c10::get_default_dtype_as_scalartype() == at::kDouble &&
+                         (fused == nullptr || PyObject_IsTrue(fused) == 0);
+  return at::zeros({}, is_double ? at::kDouble : at::kFloat);
 }
 
 // --- the step -----------------------------------------------------------------------------------
 
-template <int kStates>
+template <int kStates, bool kCounts>
 void Walker::plan_params(Group& group, PyObject* params, std::size_t& number) {
   const std::size_t needed = number + static_cast<std::size_t>(PyList_GET_SIZE(params)) + kFar;
   if (paths_.size() < needed) paths_.resize(needed);
@@ -129,7 +177,7 @@ void Walker::plan_params(Group& group, PyObject* params, std::size_t& number) {
   const bool grads_are_new = grads_are_new_;
   Py_ssize_t i = 0;
   for (; i < PyList_GET_SIZE(params); ++i, ++path) {
-    fetch<kStates>(path[kFar]);
+    fetch<kStates + (kCounts ? 1 : 0)>(path[kFar]);
     if (grads_are_new) {
       const Lookahead ahead(params, i);
       ahead.fetch_grad(kAhead);
@@ -137,7 +185,9 @@ void Walker::plan_params(Group& group, PyObject* params, std::size_t& number) {
     }
     PyObject* param = PyList_GET_ITEM(params, i);
     if (exact_tensor(param)) [[likely]] {
-      if (!plan_param<kStates>(group, i, param, *path)) leave_to_stock({group.number, i}, param);
+      if (!plan_param<kStates, kCounts>(group, i, param, *path)) {
+        leave_to_stock({group.number, i}, param);
+      }
       continue;
     }
     met_strangers_ = true;
@@ -148,30 +198,41 @@ void Walker::plan_params(Group& group, PyObject* params, std::size_t& number) {
 
 void Walker::plan_group(Group& group, PyObject* params, std::size_t& number) {
   static_assert(kMaxStates == 4);
-  switch (group.options.states) {
+  switch (rule_.structures[group.options.structure].count + (rule_.counts ? 10 : 0)) {
     case 0:
-      return plan_params<0>(group, params, number);
+      return plan_params<0, false>(group, params, number);
     case 1:
-      return plan_params<1>(group, params, number);
+      return plan_params<1, false>(group, params, number);
     case 2:
-      return plan_params<2>(group, params, number);
+      return plan_params<2, false>(group, params, number);
     case 3:
-      return plan_params<3>(group, params, number);
+      return plan_params<3, false>(group, params, number);
+    case 4:
+      return plan_params<4, false>(group, params, number);
+    case 10:
+      return plan_params<0, true>(group, params, number);
+    case 11:
+      return plan_params<1, true>(group, params, number);
+    case 12:
+      return plan_params<2, true>(group, params, number);
+    case 13:
+      return plan_params<3, true>(group, params, number);
     default:
-      return plan_params<4>(group, params, number);
+      return plan_params<4, true>(group, params, number);
   }
 }
 
 // False where the groups are kept in some way that only stock understands.
 bool Walker::plan_groups(PyObject* groups) {
   strangers_met_ = 0;
+  made_.clear();
   std::size_t number = 0;  // of a parameter, counted over all groups
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
     PyObject* dict = PyList_GET_ITEM(groups, g);
     if (!exact_dict(dict)) return false;
     PyObject* params = params_.needed_in(dict);
     if (!PyList_Check(params)) return false;
-    Group group{dict, g, options_.read(dict, static_cast<std::size_t>(g)), {}};
+    Group group{dict, g, options_.read(dict, static_cast<std::size_t>(g)), {}, {}};
     plan_group(group, params, number);
   }
   return true;
@@ -232,6 +293,12 @@ bool Walker::step(PyObject* optimizer) {
   scaling_ = options_.read_scaling(attributes);
   if (!scaling_.readable) return false;
   if (scaling_.skip) return true;
+  if (rule_.fill != nullptr) {
+    PyObject* fill = fill_.needed_in(defaults);
+    if (!PyFloat_Check(fill) && !PyLong_Check(fill)) return false;
+    fill_value_ = PyFloat_AsDouble(fill);
+    if (fill_value_ == -1 && PyErr_Occurred()) throw python_error();
+  }
 
   grads_are_new_ = std::exchange(new_grads_, false);
   if (met_strangers_) ask_strangers(groups);
@@ -251,9 +318,11 @@ bool Walker::step(PyObject* optimizer) {
     routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
   }
   // Duplicates and overlaps run in order. But where stock must take a part, or one parameter is to
-  // get its first state twice, only stock knows the order: it takes all. So it does where what it
-  // takes shares memory with what it does not.
-  if (plan_.ordered() && (!routes_.empty() || states_.creates())) return all_to_stock();
+  // get its first state twice, or count two steps, only stock knows the order: it takes all. So it
+  // does where what it takes shares memory with what it does not.
+  if (plan_.ordered() && (!routes_.empty() || states_.creates() || rule_.counts)) {
+    return all_to_stock();
+  }
   if (!left_.empty() && plan_.meets(left_)) return all_to_stock();
   if (!routes_.empty()) return false;
   if (states_.creates()) {
@@ -278,7 +347,11 @@ void Walker::leave_to_stock(Place place, PyObject* param) {
   if (!THPVariable_Check(param)) return;
   const c10::TensorImpl* tensor = impl_of(param);
   note(tensor);
-  if (const at::Tensor* grad = grad_slot(*tensor)) note(grad->unsafeGetTensorImpl());
+  if (const at::Tensor* grad = grad_slot(*tensor)) {
+    TORCH_CHECK(rule_.sparse_error == nullptr || !grad->defined() || !grad->is_sparse(),
+                rule_.sparse_error);
+    note(grad->unsafeGetTensorImpl());
+  }
   PyObject *states = states_.of(param), *name, *state;
   Py_ssize_t position = 0;
   while (states != nullptr && PyDict_Check(states) &&

@@ -49,34 +49,44 @@ class Walker {
     const void* grad_object = nullptr;
     StatesSeen states;
   };
-  // One group at this step, and its rows of scalars so far.
+  // One group at this step, and how its last parameter was updated.
   struct Group {
     PyObject* dict;
     std::int64_t number;
     const GroupOptions& options;
-    Update update[2];  // of parameters at a later and at their first step
+    Moment moment;
+    Update update;
+  };
+  // An update that this step has made, and what it is good for.
+  struct Made {
+    GroupOptions options;
+    Moment moment;
+    Update update;
   };
   struct Cleanup;
 
   bool plan_groups(PyObject* groups);
   void plan_group(Group& group, PyObject* params, std::size_t& number);
-  template <int kStates>
+  template <int kStates, bool kCounts>
   void plan_params(Group& group, PyObject* params, std::size_t& number);
-  template <int kStates>
+  template <int kStates, bool kCounts>
   [[gnu::always_inline]] inline bool plan_param(Group& group, Py_ssize_t index, PyObject* param,
                                                 Path& path);
   bool plan_first(Place place, Group& group, Subject& subject, const StatesSeen& seen);
-  template <int kStates>
+  at::Tensor new_counter(PyObject* group);
+  template <int kValues>
   void fetch(const Path& path) const;
   void ask_strangers(PyObject* groups);
   bool has_grad(PyObject* stranger);
   bool all_to_stock();
   void leave_to_stock(Place place, PyObject* param);
-  const Update& update_of(Group& group, bool first) {
-    const Update& update = group.update[first ? 1 : 0];
-    return update.row >= 0 ? update : make_update(group, first);
+  const Update& update_of(Group& group, const Moment& moment) {
+    if (group.moment == moment && group.update.row >= 0) [[likely]]
+      return group.update;
+    return find_update(group, moment);
   }
-  const Update& make_update(Group& group, bool first);
+  const Update& find_update(Group& group, const Moment& moment);
+  Update make_update(const GroupOptions& options, const Moment& moment);
   void zero(const at::Tensor& slot);
 
   const Rule& rule_;
@@ -87,7 +97,9 @@ class Walker {
   Routes routes_;
   DictKey param_groups_{"param_groups"}, state_{"state"}, defaults_{"defaults"}, params_{"params"},
       differentiable_{"differentiable"}, pre_hooks_{"_optimizer_step_pre_hooks"},
-      post_hooks_{"_optimizer_step_post_hooks"};
+      post_hooks_{"_optimizer_step_post_hooks"}, fused_{"fused"};
+  DictKey fill_;  // the default that new states are filled with, if the rule has one
+  double fill_value_ = 0;
   std::vector<Path> paths_;  // one for each parameter, and some to look ahead into
   // Parameters that are no plain tensors, and whether they have a gradient. Asking them may run
   // Python code, so that is done before the walk, once it is known that there are any.
@@ -95,6 +107,7 @@ class Walker {
   std::size_t strangers_met_ = 0;  // in this walk
   bool met_strangers_ = false;     // in this one or, at its start, in the last
   std::vector<Range> left_;        // memory of the parameters that are left to stock
+  std::vector<Made> made_;
   Scaling scaling_;
   bool new_grads_ = false, grads_are_new_ = false;  // at this step; at the last one
 };

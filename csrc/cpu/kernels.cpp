@@ -21,7 +21,7 @@ struct Gradient {
 template <class R, int kStructure, class L, class T>
 FASTSGD_LANE void advance(const typename R::template Scalars<L>& scalars,
                           const Gradient<L>& gradient, T* param, T* grad, T* const* state) {
-  constexpr int kStates = R::state_count(kStructure);
+  constexpr int kStates = size_of(R::states(kStructure));
   L p = load<L>(param), g = load<L>(grad), s[kStates + 1];
   for (int i = 0; i < kStates; ++i) s[i] = load<L>(state[i]);
   if (gradient.unscale) store(grad, g = g / gradient.scale);
@@ -36,7 +36,7 @@ template <class R, int kStructure, class T>
 void step(const Row& row, const Run* run, std::int64_t runs) {
   using Scalar = typename Compute<T>::Scalar;
   using Register = typename Compute<T>::Register;
-  constexpr int kStates = R::state_count(kStructure);
+  constexpr int kStates = size_of(R::states(kStructure));
   constexpr std::int64_t kLanes = sizeof(Register) / sizeof(Scalar);
 
   typename R::template Scalars<double> exact;

@@ -1,6 +1,9 @@
 // The list of rules. A rule is added here and nowhere else in csrc.
 #pragma once
 
+#include "rules/adagrad.h"
+#include "rules/adam.h"
+#include "rules/rmsprop.h"
 #include "rules/sgd.h"
 
 namespace fastsgd {
@@ -10,6 +13,6 @@ struct List {
   static constexpr int kSize = sizeof...(R);
 };
 
-using Rules = List<Sgd>;
+using Rules = List<Sgd, Adam, RmsProp, Adagrad>;
 
 }  // namespace fastsgd

@@ -25,11 +25,11 @@ struct Sgd {
                                       {"nesterov", Hyper::kFlag}};
 
   enum Structure { kPlain, kBuffered, kStructures };
-  static constexpr const char* kStates[] = {"momentum_buffer"};
-  static int structure(const double* h) { return h[kMomentum] != 0 ? kBuffered : kPlain; }
-  static constexpr int state_count(int structure) { return structure == kBuffered ? 1 : 0; }
-  static StateLike state_like(const double* h) {
-    return h[kWeightDecay] != 0 ? StateLike::kGradAndParam : StateLike::kGrad;
+  static constexpr State kStates[] = {{"momentum_buffer"}};
+  static int structure(const Number* h) { return h[kMomentum].value != 0 ? kBuffered : kPlain; }
+  static constexpr StateSet states(int structure) { return structure == kBuffered ? 0b1 : 0b0; }
+  static NewState new_state(const Number* h) {
+    return h[kWeightDecay].value != 0 ? NewState::kOfGradAndParam : NewState::kOfGrad;
   }
 
   template <class L>
@@ -43,14 +43,14 @@ struct Sgd {
     }
   };
 
-  static Scalars<double> scalars(const double* h, bool first) {
-    return {.minus_lr = -h[kLr],
-            .momentum = h[kMomentum],
-            .gain = 1 - h[kDampening],
-            .weight_decay = h[kWeightDecay],
-            .first = first,
-            .nesterov = h[kNesterov] != 0,
-            .decays = h[kWeightDecay] != 0};
+  static Scalars<double> scalars(const Number* h, const Moment& moment) {
+    return {.minus_lr = -h[kLr].value,
+            .momentum = h[kMomentum].value,
+            .gain = 1 - h[kDampening].value,
+            .weight_decay = h[kWeightDecay].value,
+            .first = moment.first,
+            .nesterov = h[kNesterov].value != 0,
+            .decays = h[kWeightDecay].value != 0};
   }
 
   template <int kStructure, class L>

@@ -10,24 +10,39 @@ namespace fastsgd {
 namespace {
 
 template <class R>
-void write_scalars(const double* hypers, bool first, Row& row) {
-  const auto scalars = R::scalars(hypers, first);
+void write_scalars(const Number* hypers, const Moment& moment, Row& row) {
+  const auto scalars = R::scalars(hypers, moment);
   static_assert(sizeof(scalars) <= kScalarBytes && std::is_trivially_copyable_v<decltype(scalars)>);
   std::memcpy(row.scalars, &scalars, sizeof(scalars));
 }
 
 template <class R>
+constexpr Structure structure_of(int structure) {
+  Structure of;
+  for (int i = 0; i < static_cast<int>(std::size(R::kStates)); ++i) {
+    if ((R::states(structure) >> i & 1u) == 0) continue;
+    of.number[of.count] = i;
+    of.state[of.count++] = R::kStates[i];
+  }
+  return of;
+}
+
+template <class R>
 constexpr Rule describe() {
   static_assert(std::size(R::kHypers) <= kMaxHypers && std::size(R::kStates) <= kMaxStates);
-  return {.name = R::kName,
-          .hypers = R::kHypers,
-          .hyper_count = static_cast<int>(std::size(R::kHypers)),
-          .states = R::kStates,
-          .max_states = static_cast<int>(std::size(R::kStates)),
-          .structure = R::structure,
-          .state_count = R::state_count,
-          .state_like = R::state_like,
-          .scalars = write_scalars<R>};
+  Rule rule = {.name = R::kName,
+               .hypers = R::kHypers,
+               .hyper_count = static_cast<int>(std::size(R::kHypers)),
+               .states = R::kStates,
+               .state_count = static_cast<int>(std::size(R::kStates)),
+               .structure = R::structure,
+               .new_state = R::new_state,
+               .scalars = write_scalars<R>};
+  if constexpr (requires { R::kCounts; }) rule.counts = R::kCounts;
+  if constexpr (requires { R::kFill; }) rule.fill = R::kFill;
+  if constexpr (requires { R::kSparseError; }) rule.sparse_error = R::kSparseError;
+  for (int i = 0; i < R::kStructures; ++i) rule.structures[i] = structure_of<R>(i);
+  return rule;
 }
 
 template <class... R>
