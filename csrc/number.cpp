@@ -1,5 +1,6 @@
 #include "number.h"
 
+#include <ATen/ops/add.h>
 #include <ATen/ops/div.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/pow.h>
@@ -7,7 +8,6 @@
 #include <ATen/ops/rsub.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/sub.h>
-#include <ATen/ops/add.h>
 #include <Python.h>
 #include <torch/csrc/Exceptions.h>
 

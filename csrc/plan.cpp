@@ -36,7 +36,8 @@ at::Tensor new_state(const Update& update, c10::TensorImpl& param, c10::TensorIm
   }
   const at::Tensor g = of(grad);
   const bool alike = grad.is_contiguous() && grad.strides() == param.strides();
-  if (alike || (update.new_state == NewState::kOfGrad && !update.maximize)) return at::empty_like(g);
+  if (alike || (update.new_state == NewState::kOfGrad && !update.maximize))
+    return at::empty_like(g);
   const auto shape_of = [](const c10::TensorImpl& tensor) {
     return at::empty_strided(tensor.sizes(), tensor.strides(), at::device(at::kMeta));
   };

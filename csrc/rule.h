@@ -50,7 +50,9 @@ inline constexpr std::size_t kScalarBytes = 96;
 
 // The states of a rule are a set, its members numbered by their place in kStates.
 using StateSet = unsigned;
-constexpr int size_of(StateSet set) { return set == 0 ? 0 : static_cast<int>(set & 1) + size_of(set >> 1); }
+constexpr int size_of(StateSet set) {
+  return set == 0 ? 0 : static_cast<int>(set & 1) + size_of(set >> 1);
+}
 
 // The scalars of one step as the host computed them (a rule's Scalars<double>), and what the engine
 // does to a gradient before the rule sees it. Parameters at the same step whose hyper-parameters
@@ -76,9 +78,10 @@ struct Rule {
   int hyper_count;
   const State* states;
   int state_count;
-  bool counts = false;              // it has a state "step" besides, which counts a parameter's steps
+  bool counts = false;         // it has a state "step" besides, which counts a parameter's steps
   const char* fill = nullptr;  // the default that new states are filled with; null for zero
-  const char* sparse_error = nullptr;  // what stock says of a sparse gradient; null where it takes them
+  const char* sparse_error =
+      nullptr;  // what stock says of a sparse gradient; null where it takes them
   Structure structures[kMaxStructures];
   // The structure that these hyper-parameters ask for.
   int (*structure)(const Number* hypers);

@@ -81,7 +81,8 @@ class States {
   int value_count(const Structure& structure) const { return structure.count + rule_.counts; }
   std::string value_name(const Structure& structure, int value) const;
   DictKey& key(const Structure& structure, int value) {
-    return value == structure.count ? step_ : keys_[static_cast<std::size_t>(structure.number[value])];
+    return value == structure.count ? step_
+                                    : keys_[static_cast<std::size_t>(structure.number[value])];
   }
   void store(Creation& creation);
   void store(Creation& creation, int value);

@@ -43,7 +43,8 @@ std::string stream_name(const Structure& structure, int stream) {
   return c10::str("its state '", structure.state[stream - kState].name, "'");
 }
 
-bool check_kinds(Place place, const Structure& structure, const Subject& subject, bool writes_grad) {
+bool check_kinds(Place place, const Structure& structure, const Subject& subject,
+                 bool writes_grad) {
   const c10::TensorImpl& param = *subject.tensor[kParam];
   if (!is_plain(param) && !is_plain_inference(param)) return false;
   bool takes = storage_type(param).has_value();
@@ -88,16 +89,18 @@ bool check_kinds(Place place, const Structure& structure, const Subject& subject
 void check_counter(Place place, const c10::TensorImpl& counter) {
   TORCH_CHECK(counter.numel() == 1, at_place(place), ": its state 'step' has shape ",
               counter.sym_sizes(), ", and must be one number. Is the checkpoint corrupt?");
-  TORCH_CHECK(!is_plain_inference(counter) || c10::InferenceMode::is_enabled(), at_place(place),
-              ": its state 'step' is an inference tensor. Inplace update to inference tensor outside "
-              "InferenceMode is not allowed. You can make a clone to get a normal tensor before "
-              "doing inplace update.");
+  TORCH_CHECK(
+      !is_plain_inference(counter) || c10::InferenceMode::is_enabled(), at_place(place),
+      ": its state 'step' is an inference tensor. Inplace update to inference tensor outside "
+      "InferenceMode is not allowed. You can make a clone to get a normal tensor before "
+      "doing inplace update.");
 }
 
-void storage_too_small(Place place, const Structure& structure, int stream, const c10::TensorImpl& tensor) {
-  TORCH_CHECK(false, at_place(place), ": the storage of ", stream_name(structure, stream), " holds ",
-              tensor.storage().nbytes(), " bytes, too few for its shape ", tensor.sizes(),
-              ". Was it freed or resized?");
+void storage_too_small(Place place, const Structure& structure, int stream,
+                       const c10::TensorImpl& tensor) {
+  TORCH_CHECK(false, at_place(place), ": the storage of ", stream_name(structure, stream),
+              " holds ", tensor.storage().nbytes(), " bytes, too few for its shape ",
+              tensor.sizes(), ". Was it freed or resized?");
 }
 
 void written_but_expanded(Place place, const Structure& structure, int stream) {

@@ -53,8 +53,8 @@ bool Walker::unobserved(PyObject* optimizer) {
 
 // --- updates ------------------------------------------------------------------------------------
 
-// The update of parameters of a group at a moment, which may be another's of this step: groups whose
-// options are equal share it, and the kernels then take their parameters together.
+// The update of parameters of a group at a moment, which may be another's of this step: groups
+// whose options are equal share it, and the kernels then take their parameters together.
 const Update& Walker::find_update(Group& group, const Moment& moment) {
   constexpr std::size_t kLooks = 8;  // a bound on the time this takes where no two are equal
   group.moment = moment;

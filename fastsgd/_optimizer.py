@@ -143,8 +143,11 @@ def _unscale(params: list[Tensor], scale: Tensor) -> None:
 
 @contextmanager
 def _unfused(groups: list[dict[str, Any]]) -> Iterator[None]:
-    """Turn torch's fused and foreach code off, for CPU parameters, where it is wrong in places."""
-    flags = ("foreach", "fused")
+    """Turn torch's other code off, for CPU parameters.
+
+    There its fused code is wrong in places, and its capturable code is only for other devices.
+    """
+    flags = ("foreach", "fused", "capturable")
     changed = [
         (group, {flag: group[flag] for flag in flags if group.get(flag)})
         for group in groups

@@ -22,13 +22,11 @@ struct Adam {
   static constexpr const char* kName = "adam";
 
   enum { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kAmsgrad, kDecoupled };
-  static constexpr Hyper kHypers[] = {{"lr", Hyper::kNumberOrTensor},
-                                      {"betas", Hyper::kNumberOrSingle, 0},
-                                      {"betas", Hyper::kNumberOrSingle, 1},
-                                      {"eps"},
-                                      {"weight_decay", Hyper::kNumberOrTensor},
-                                      {"amsgrad", Hyper::kFlag},
-                                      {"decoupled_weight_decay", Hyper::kFlag}};
+  static constexpr Hyper kHypers[] = {
+      {"lr", Hyper::kNumberOrTensor},           {"betas", Hyper::kNumberOrSingle, 0},
+      {"betas", Hyper::kNumberOrSingle, 1},     {"eps"},
+      {"weight_decay", Hyper::kNumberOrTensor}, {"amsgrad", Hyper::kFlag},
+      {"decoupled_weight_decay", Hyper::kFlag}};
 
   static constexpr bool kCounts = true;
   static constexpr State kStates[] = {{"exp_avg", true}, {"exp_avg_sq"}, {"max_exp_avg_sq"}};
@@ -45,8 +43,8 @@ struct Adam {
     bool decays, decoupled;
     template <class F>
     FASTSGD_LANE auto each(F f) const -> Scalars<decltype(f(L()))> {
-      return {f(minus_step_size), f(weight1),      f(beta2), f(weight2), f(root_of_bias2),
-              f(eps),             f(weight_decay), f(decay), decays,     decoupled};
+      return {f(minus_step_size), f(weight1), f(beta2), f(weight2), f(root_of_bias2), f(eps),
+              f(weight_decay),    f(decay),   decays,   decoupled};
     }
   };
 

@@ -22,12 +22,9 @@ struct RmsProp {
   static constexpr const char* kName = "rmsprop";
 
   enum { kLr, kAlpha, kEps, kWeightDecay, kMomentum, kCentered };
-  static constexpr Hyper kHypers[] = {{"lr", Hyper::kNumberOrTensor},
-                                      {"alpha"},
-                                      {"eps"},
-                                      {"weight_decay", Hyper::kNumberOrTensor},
-                                      {"momentum"},
-                                      {"centered", Hyper::kFlag}};
+  static constexpr Hyper kHypers[] = {
+      {"lr", Hyper::kNumberOrTensor},           {"alpha"},    {"eps"},
+      {"weight_decay", Hyper::kNumberOrTensor}, {"momentum"}, {"centered", Hyper::kFlag}};
 
   static constexpr bool kCounts = true;
   static constexpr State kStates[] = {{"square_avg"}, {"momentum_buffer"}, {"grad_avg", true}};
