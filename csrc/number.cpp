@@ -21,7 +21,7 @@ at::Tensor tensor(const Number& number) {
   return at::scalar_tensor(number.value, static_cast<at::ScalarType>(number.dtype));
 }
 Number number(const at::Tensor& tensor) {
-  return {tensor.item<double>(), static_cast<std::int8_t>(tensor.scalar_type())};
+  return {tensor.item<double>(), static_cast<std::int64_t>(tensor.scalar_type())};
 }
 
 }  // namespace

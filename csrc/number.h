@@ -9,19 +9,16 @@ namespace fastsgd {
 // dtype. Scalars of a step are computed with these operators where stock's are, and with the plain
 // `value` where stock has no arithmetic.
 struct Number {
-  static constexpr std::int8_t kPython = -1;
+  static constexpr std::int64_t kPython = -1;
 
   double value = 0;
-  std::int8_t dtype = kPython;  // of a tensor: torch's number for it
+  std::int64_t dtype = kPython;  // of a tensor: torch's number for it
 
   constexpr Number() = default;
   constexpr Number(double x) : value(x) {}  // NOLINT: as in Python, 1 - x
-  constexpr Number(double x, std::int8_t tensor_dtype) : value(x), dtype(tensor_dtype) {}
+  constexpr Number(double x, std::int64_t tensor_dtype) : value(x), dtype(tensor_dtype) {}
 
   bool is_tensor() const { return dtype != kPython; }
-  friend bool operator==(const Number& a, const Number& b) {
-    return a.value == b.value && a.dtype == b.dtype;
-  }
 };
 
 Number operator+(const Number& a, const Number& b);

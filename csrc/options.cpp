@@ -14,7 +14,7 @@ bool read_scalar_tensor(PyObject* object, Number& number) {
       tensor._is_zerotensor()) {
     return false;
   }
-  number.dtype = static_cast<std::int8_t>(tensor.scalar_type());
+  number.dtype = static_cast<std::int64_t>(tensor.scalar_type());
   switch (tensor.scalar_type()) {
     case at::kFloat:
       number.value = *tensor.const_data_ptr<float>();
@@ -74,7 +74,7 @@ OptionReader::Read OptionReader::read_number(PyObject* object, Hyper::Kind kind,
     if (number.value == -1 && PyErr_Occurred()) throw python_error();
   } else {
     if (kind == Hyper::kNumber || !read_scalar_tensor(object, number)) return Read::kNot;
-    const bool single = number.dtype == static_cast<std::int8_t>(at::kFloat);
+    const bool single = number.dtype == static_cast<std::int64_t>(at::kFloat);
     return kind == Hyper::kNumberOrTensor || single ? Read::kMutable : Read::kNot;
   }
   seen.object = Ref::borrow(object);  // immutable, so the same object is the same value
@@ -90,6 +90,7 @@ const GroupOptions& OptionReader::read(PyObject* group, std::size_t number) {
   if (version != 0 && version == seen.version) return options;
   seen.version = 0;
   options = {};
+  options.params = params_.needed_in(group);
   seen.hypers.resize(hyper_keys_.size());
   options.readable = read_flag(maximize_.needed_in(group), options.maximize);
   bool constant = true;

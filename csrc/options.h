@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "pydict.h"
@@ -12,14 +13,21 @@
 
 namespace fastsgd {
 
+static_assert(sizeof(Number) == sizeof(double) + sizeof(std::int64_t), "compared byte by byte");
+
 // The options of one group as they are at this step.
 struct GroupOptions {
+  PyObject* params = nullptr;  // as the group holds them
   Number hypers[kMaxHypers];
   bool maximize = false;
   bool readable = false;  // false: an option only stock can interpret
   int structure = 0;
 
-  friend bool operator==(const GroupOptions&, const GroupOptions&) = default;
+  // Whether they are the same to the bit, and so make the same scalars; of whatever parameters.
+  friend bool operator==(const GroupOptions& a, const GroupOptions& b) {
+    return std::memcmp(a.hypers, b.hypers, sizeof(a.hypers)) == 0 && a.maximize == b.maximize &&
+           a.readable == b.readable && a.structure == b.structure;
+  }
 };
 
 // What a GradScaler leaves on an optimizer that does its own unscaling.
@@ -59,7 +67,8 @@ class OptionReader {
   Read read_number(PyObject* object, Hyper::Kind kind, Seen& seen, Number& number);
 
   const Rule& rule_;
-  DictKey maximize_{"maximize"}, grad_scale_{"grad_scale"}, found_inf_{"found_inf"};
+  DictKey params_{"params"}, maximize_{"maximize"}, grad_scale_{"grad_scale"},
+      found_inf_{"found_inf"};
   std::vector<DictKey> hyper_keys_;
   std::vector<GroupSeen> seen_;
 };

@@ -80,9 +80,8 @@ struct Rule {
   int state_count;
   bool counts = false;         // it has a state "step" besides, which counts a parameter's steps
   const char* fill = nullptr;  // the default that new states are filled with; null for zero
-  const char* sparse_error =
-      nullptr;  // what stock says of a sparse gradient; null where it takes them
-  Structure structures[kMaxStructures];
+  const char* sparse_error = nullptr;  // stock's, for a sparse gradient; null where it takes them
+  Structure structures[kMaxStructures] = {};
   // The structure that these hyper-parameters ask for.
   int (*structure)(const Number* hypers);
   NewState (*new_state)(const Number* hypers);

@@ -170,7 +170,8 @@ at::Tensor Walker::new_counter(PyObject* group) {
 // --- the step -----------------------------------------------------------------------------------
 
 template <int kStates, bool kCounts>
-void Walker::plan_params(Group& group, PyObject* params, std::size_t& number) {
+void Walker::plan_params(Group& group, std::size_t& number) {
+  PyObject* params = group.options.params;
   const std::size_t needed = number + static_cast<std::size_t>(PyList_GET_SIZE(params)) + kFar;
   if (paths_.size() < needed) paths_.resize(needed);
   Path* path = &paths_[number];
@@ -196,29 +197,29 @@ void Walker::plan_params(Group& group, PyObject* params, std::size_t& number) {
   number += static_cast<std::size_t>(i);
 }
 
-void Walker::plan_group(Group& group, PyObject* params, std::size_t& number) {
+void Walker::plan_group(Group& group, std::size_t& number) {
   static_assert(kMaxStates == 4);
   switch (rule_.structures[group.options.structure].count + (rule_.counts ? 10 : 0)) {
     case 0:
-      return plan_params<0, false>(group, params, number);
+      return plan_params<0, false>(group, number);
     case 1:
-      return plan_params<1, false>(group, params, number);
+      return plan_params<1, false>(group, number);
     case 2:
-      return plan_params<2, false>(group, params, number);
+      return plan_params<2, false>(group, number);
     case 3:
-      return plan_params<3, false>(group, params, number);
+      return plan_params<3, false>(group, number);
     case 4:
-      return plan_params<4, false>(group, params, number);
+      return plan_params<4, false>(group, number);
     case 10:
-      return plan_params<0, true>(group, params, number);
+      return plan_params<0, true>(group, number);
     case 11:
-      return plan_params<1, true>(group, params, number);
+      return plan_params<1, true>(group, number);
     case 12:
-      return plan_params<2, true>(group, params, number);
+      return plan_params<2, true>(group, number);
     case 13:
-      return plan_params<3, true>(group, params, number);
+      return plan_params<3, true>(group, number);
     default:
-      return plan_params<4, true>(group, params, number);
+      return plan_params<4, true>(group, number);
   }
 }
 
@@ -230,10 +231,9 @@ bool Walker::plan_groups(PyObject* groups) {
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
     PyObject* dict = PyList_GET_ITEM(groups, g);
     if (!exact_dict(dict)) return false;
-    PyObject* params = params_.needed_in(dict);
-    if (!PyList_Check(params)) return false;
     Group group{dict, g, options_.read(dict, static_cast<std::size_t>(g)), {}, {}};
-    plan_group(group, params, number);
+    if (!PyList_Check(group.options.params)) return false;
+    plan_group(group, number);
   }
   return true;
 }

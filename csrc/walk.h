@@ -66,9 +66,9 @@ class Walker {
   struct Cleanup;
 
   bool plan_groups(PyObject* groups);
-  void plan_group(Group& group, PyObject* params, std::size_t& number);
+  void plan_group(Group& group, std::size_t& number);
   template <int kStates, bool kCounts>
-  void plan_params(Group& group, PyObject* params, std::size_t& number);
+  void plan_params(Group& group, std::size_t& number);
   template <int kStates, bool kCounts>
   [[gnu::always_inline]] inline bool plan_param(Group& group, Py_ssize_t index, PyObject* param,
                                                 Path& path);
