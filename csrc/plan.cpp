@@ -135,6 +135,11 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
   return true;
 }
 
+void Plan::stand_for(const Subject& owners) {
+  Owner* of_last = &owners_[owners_used_ - static_cast<std::size_t>(owners.streams)];
+  for (int s = 0; s < owners.streams; ++s) of_last[s].tensor = owners.tensor[s];
+}
+
 // Begins a span with the next run; it ends where another begins.
 void Plan::begin_span(Kernel kernel, std::int32_t row, const Layout* layout, Traits traits) {
   const auto first = static_cast<std::int64_t>(used_);

@@ -46,6 +46,12 @@ class Plan {
   // The same for a parameter that lacks states: they are allocated into `created`.
   bool add_creating(const Update& update, Place place, Subject& subject, at::Tensor* created);
 
+  // How many parameters with elements were added.
+  std::size_t size() const { return used_; }
+  // Says whose versions count the writes to the one that was added last, where that is not the
+  // tensors whose memory is written.
+  void stand_for(const Subject& owners);
+
   // The counters of the parameters that are added.
   Counters& counters() { return counters_; }
 

@@ -18,6 +18,7 @@ std::string States::value_name(const Structure& structure, int value) const {
   return value == structure.count ? "its state 'step'" : stream_name(structure, kState + value);
 }
 
+template <class Kind>
 States::Found States::find(Place place, PyObject* param, int structure, StatesSeen& seen,
                            c10::TensorImpl** states) {
   const Structure& wanted = rule_.structures[structure];
@@ -44,14 +45,15 @@ States::Found States::find(Place place, PyObject* param, int structure, StatesSe
                           .c_str());
       throw python_error();
     }
-    if (!exact_tensor(state)) {
+    const bool counter = i == wanted.count;
+    if (!(counter ? exact_tensor(state) : Kind::is(state))) {
       TORCH_CHECK_TYPE(THPVariable_Check(state), at_place(place), ": ", value_name(wanted, i),
                        " must be a Tensor, not ", Py_TYPE(state)->tp_name,
                        ". Is the checkpoint corrupt?");
       return Found::kForeign;
     }
     seen.value[i] = state;
-    states[i] = impl_of(state);
+    states[i] = counter ? impl_of(state) : Kind::memory(state);
   }
   if (!all) return Found::kSome;
   seen.version_of_states = version_of(seen.states);
@@ -59,6 +61,11 @@ States::Found States::find(Place place, PyObject* param, int structure, StatesSe
   seen.structure = structure;
   return Found::kAll;
 }
+
+template States::Found States::find<PlainTensors>(Place, PyObject*, int, StatesSeen&,
+                                                  c10::TensorImpl**);
+template States::Found States::find<LocalShards>(Place, PyObject*, int, StatesSeen&,
+                                                 c10::TensorImpl**);
 
 Creation& States::create(const StatesSeen& seen, int structure) {
   Creation& creation = creations_.emplace_back();

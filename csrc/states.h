@@ -8,6 +8,7 @@
 
 #include "pydict.h"
 #include "pytensor.h"
+#include "shards.h"
 #include "tensors.h"
 
 namespace fastsgd {
@@ -41,18 +42,22 @@ class States {
   // Lets go of what a step has left.
   void clear() { creations_.clear(); }
 
-  // The parameter's states as they were seen, if nothing can have changed since; and after them its
-  // counter, if the rule counts: `kValues` in all.
-  template <int kValues>
+  // The memory of the parameter's states as they were seen, if nothing can have changed since; and
+  // after them its counter, if the rule counts.
+  template <class Kind, int kStates, bool kCounts>
   bool recall(PyObject* param, int structure, const StatesSeen& seen,
               c10::TensorImpl** states) const {
     if (version_ == 0 || seen.version != version_ || seen.param != param) return false;
     if (version_of(seen.states) != seen.version_of_states || seen.structure != structure) {
       return false;
     }
-    for (int i = 0; i < kValues; ++i) {
-      if (!exact_tensor(seen.value[i])) return false;
-      states[i] = impl_of(seen.value[i]);
+    for (int i = 0; i < kStates; ++i) {
+      if (!Kind::is(seen.value[i])) return false;
+      states[i] = Kind::memory(seen.value[i]);
+    }
+    if constexpr (kCounts) {
+      if (!exact_tensor(seen.value[kStates])) return false;
+      states[kStates] = impl_of(seen.value[kStates]);
     }
     return true;
   }
@@ -60,6 +65,7 @@ class States {
   enum class Found { kAll, kSome, kForeign };  // all; not all; something only stock understands
 
   // The same by looking; null for a state that is to be made. Throws for one that stock would miss.
+  template <class Kind>
   Found find(Place place, PyObject* param, int structure, StatesSeen& seen,
              c10::TensorImpl** states);
 

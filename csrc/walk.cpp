@@ -4,6 +4,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "lookahead.h"
 #include "prefetch.h"
@@ -97,11 +98,12 @@ FASTSGD_PREFETCHING void Walker::fetch(const Path& path) const {
   }
 }
 
-template <int kStates, bool kCounts>
-bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& path) {
+template <class Kind, int kStates, bool kCounts>
+bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& path,
+                        [[maybe_unused]] Shards::Seen* seen) {
+  constexpr bool kDistributed = std::is_same_v<Kind, LocalShards>;
   const auto place = [&] { return Place{group.number, index}; };
-  Subject subject;
-  c10::TensorImpl* tensor = subject.tensor[kParam] = impl_of(param);
+  c10::TensorImpl* tensor = impl_of(param);
   const at::Tensor* grad = grad_slot(*tensor);
   if (grad == nullptr || !grad->defined()) [[unlikely]]
     return true;
@@ -109,25 +111,42 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
     options_.refuse(place(), group.dict, param);
     return false;
   }
-  subject.tensor[kGrad] = grad->unsafeGetTensorImpl();
-  PyObject* grad_object = object_of(*subject.tensor[kGrad]);
-  if (path.grad != subject.tensor[kGrad]) new_grads_ = true;
+  c10::TensorImpl* grad_tensor = grad->unsafeGetTensorImpl();
+  PyObject* grad_object = object_of(*grad_tensor);
+  if (path.grad != grad_tensor) new_grads_ = true;
   path.param = param;
   path.grad_slot = grad;
-  path.grad = subject.tensor[kGrad];
+  path.grad = grad_tensor;
   path.grad_object = grad_object;
-  if (grad_object != nullptr && !exact_tensor(grad_object)) [[unlikely]]
-    return false;
+  Subject subject;
   subject.streams = kState + kStates;
-  constexpr int kValues = kStates + (kCounts ? 1 : 0);
-  if constexpr (kValues > 0) {
+  if constexpr (kDistributed) {
+    if (!Kind::is(param) || grad_object == nullptr || !Kind::is(grad_object)) return false;
+    subject.tensor[kParam] = Kind::memory(param);
+    subject.tensor[kGrad] = Kind::memory(grad_object);
+  } else {
+    if (grad_object != nullptr && !Kind::is(grad_object)) [[unlikely]]
+      return false;
+    subject.tensor[kParam] = tensor;
+    subject.tensor[kGrad] = grad_tensor;
+  }
+  if constexpr (kStates + kCounts > 0) {
     const int structure = group.options.structure;
     c10::TensorImpl** states = subject.tensor + kState;
-    if (!states_.recall<kValues>(param, structure, path.states, states)) [[unlikely]] {
-      const auto found = states_.find(place(), param, structure, path.states, states);
+    if (!states_.recall<Kind, kStates, kCounts>(param, structure, path.states, states))
+        [[unlikely]] {
+      const auto found = states_.find<Kind>(place(), param, structure, path.states, states);
       if (found == States::Found::kForeign) return false;
-      if (found == States::Found::kSome) return plan_first(place(), group, subject, path.states);
+      if (found == States::Found::kSome) {
+        if constexpr (kDistributed) return plan_first_shard(place(), group, subject, path, *seen);
+        return plan_first(place(), group, subject, path.states, {});
+      }
     }
+  }
+  if constexpr (kDistributed) {
+    PyObject* streams[kState + kStates] = {param, grad_object};
+    std::copy_n(path.states.value, kStates, streams + kState);
+    if (!shards_.alike(streams, kState + kStates, *seen)) return false;
   }
   Moment moment;
   if constexpr (kCounts) {
@@ -137,14 +156,61 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
       return false;
     }
   }
+  const std::size_t size = plan_.size();
   if (!plan_.add<kStates>(update_of(group, moment), place(), subject)) return false;
   if constexpr (kCounts) plan_.counters().keep();
+  if constexpr (kDistributed) {
+    PyObject* streams[kState + kStates] = {param, grad_object};
+    std::copy_n(path.states.value, kStates, streams + kState);
+    stand_for(subject, streams, size);
+  }
   return true;
 }
 
-// The first step of a parameter, which makes its states.
-bool Walker::plan_first(Place place, Group& group, Subject& subject, const StatesSeen& seen) {
+// A parameter that is distributed over processes, of which this one holds a shard.
+template <int kStates, bool kCounts>
+bool Walker::plan_shard(Group& group, Py_ssize_t index, PyObject* param, std::size_t number) {
+  if (shards_seen_.size() < paths_.size()) shards_seen_.resize(paths_.size());
+  return plan_param<LocalShards, kStates, kCounts>(group, index, param, paths_[number],
+                                                   &shards_seen_[number]);
+}
+
+// Writes to shards count as writes to the tensors that they are shards of.
+void Walker::stand_for(const Subject& shards, PyObject* const* streams, std::size_t size_before) {
+  if (plan_.size() == size_before) return;  // an empty shard
+  Subject owners;
+  owners.streams = shards.streams;
+  for (int s = 0; s < shards.streams; ++s) owners.tensor[s] = impl_of(streams[s]);
+  plan_.stand_for(owners);
+}
+
+// The first step of a shard. Its states are distributed tensors, and making those runs Python code:
+// that is done between two walks.
+bool Walker::plan_first_shard(Place place, Group& group, Subject& subject, const Path& path,
+                              Shards::Seen& seen) {
+  PyObject* param = path.states.param;
+  const auto* made = shards_.made_for(param, rule_.structures[group.options.structure],
+                                      rule_.new_state(group.options.hypers), fill_value_);
+  if (made == nullptr) return false;
+  PyObject* streams[kMaxStreams] = {param, path.grad_object};
+  for (std::size_t i = 0; i < made->size(); ++i) {
+    streams[static_cast<std::size_t>(kState) + i] = object_of(*(*made)[i].unsafeGetTensorImpl());
+  }
+  if (!shards_.alike(streams, subject.streams, seen)) return false;
+  for (int s = kState; s < subject.streams; ++s) {
+    subject.tensor[s] = LocalShards::memory(streams[s]);
+  }
+  const std::size_t size = plan_.size();
+  if (!plan_first(place, group, subject, path.states, *made)) return false;
+  stand_for(subject, streams, size);
+  return true;
+}
+
+// The first step of a parameter, which makes its states, but for those that were made for it.
+bool Walker::plan_first(Place place, Group& group, Subject& subject, const StatesSeen& seen,
+                        const std::vector<at::Tensor>& made) {
   Creation& creation = states_.create(seen, group.options.structure);
+  std::copy(made.begin(), made.end(), creation.value);
   Moment moment;
   moment.first = !rule_.counts;
   if (rule_.counts) {
@@ -186,7 +252,13 @@ void Walker::plan_params(Group& group, std::size_t& number) {
     }
     PyObject* param = PyList_GET_ITEM(params, i);
     if (exact_tensor(param)) [[likely]] {
-      if (!plan_param<kStates, kCounts>(group, i, param, *path)) {
+      if (!plan_param<PlainTensors, kStates, kCounts>(group, i, param, *path, nullptr)) {
+        leave_to_stock({group.number, i}, param);
+      }
+      continue;
+    }
+    if (LocalShards::is_distributed(param)) {
+      if (!plan_shard<kStates, kCounts>(group, i, param, number + static_cast<std::size_t>(i))) {
         leave_to_stock({group.number, i}, param);
       }
       continue;
@@ -238,7 +310,7 @@ bool Walker::plan_groups(PyObject* groups) {
   return true;
 }
 
-// Asks each parameter that is no plain tensor for its gradient.
+// Asks each parameter that is neither plain nor distributed for its gradient.
 void Walker::ask_strangers(PyObject* groups) {
   strangers_.clear();
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
@@ -249,6 +321,8 @@ void Walker::ask_strangers(PyObject* groups) {
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.get()); ++i) {
       if (exact_tensor(PyList_GET_ITEM(params.get(), i))) continue;
       Ref param = Ref::borrow(PyList_GET_ITEM(params.get(), i));
+      LocalShards::learn(param.get());
+      if (LocalShards::is_distributed(param.get())) continue;
       const Ref grad = Ref::steal(checked(PyObject_GetAttrString(param.get(), "grad")));
       strangers_.emplace_back(std::move(param), grad.get() != Py_None);
     }
@@ -266,6 +340,28 @@ bool Walker::has_grad(PyObject* stranger) {
   }
   strangers_met_ = static_cast<std::size_t>(asked - strangers_.begin()) + 1;
   return asked->second;
+}
+
+// Walks until nothing is left to ask: no Python code runs within a walk, but between two of them.
+bool Walker::plan_all(PyObject* groups, PyObject* state) {
+  constexpr int kWalks =
+      4;  // a stranger, then its specs, then the step; and none more is waited for
+  bool asks = met_strangers_, asked = false;
+  for (int walk = 0; walk < kWalks; ++walk) {
+    if (asks) ask_strangers(groups);
+    asked |= asks;
+    if (shards_.asks()) shards_.answer();
+    met_strangers_ = false;
+    routes_.clear();
+    left_.clear();
+    states_.clear();
+    plan_.begin();
+    states_.begin(state);
+    if (!plan_groups(groups)) return false;
+    asks = met_strangers_ && !asked;
+    if (!asks && !shards_.asks()) break;
+  }
+  return true;
 }
 
 bool Walker::all_to_stock() {
@@ -301,19 +397,7 @@ bool Walker::step(PyObject* optimizer) {
   }
 
   grads_are_new_ = std::exchange(new_grads_, false);
-  if (met_strangers_) ask_strangers(groups);
-  const bool asked = std::exchange(met_strangers_, false);
-  states_.begin(state);
-  if (!plan_groups(groups)) return all_to_stock();
-  if (met_strangers_ && !asked) {
-    ask_strangers(groups);
-    routes_.clear();
-    left_.clear();
-    states_.clear();
-    plan_.begin();
-    states_.begin(state);
-    if (!plan_groups(groups)) return all_to_stock();
-  }
+  if (!plan_all(groups, state)) return all_to_stock();
   if (!routes_.empty()) {
     routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
   }
@@ -338,14 +422,17 @@ void Walker::leave_to_stock(Place place, PyObject* param) {
   const auto group = static_cast<std::size_t>(place.group);
   if (routes_.size() <= group) routes_.resize(group + 1);
   routes_[group].push_back(place.index);
-  const auto note = [&](const c10::TensorImpl* tensor) {
-    if (tensor == nullptr || !tensor->has_storage()) return;
+  const auto note = [&](c10::TensorImpl* tensor) {
+    if (tensor == nullptr) return;
+    PyObject* object = object_of(*tensor);
+    if (object != nullptr && LocalShards::is(object)) tensor = LocalShards::memory(object);
+    if (!tensor->has_storage()) return;
     const auto begin = reinterpret_cast<std::uintptr_t>(tensor->storage().data());
     const std::uintptr_t bytes = tensor->storage().nbytes();
     if (bytes > 0) left_.push_back({begin, begin + bytes});
   };
   if (!THPVariable_Check(param)) return;
-  const c10::TensorImpl* tensor = impl_of(param);
+  c10::TensorImpl* tensor = impl_of(param);
   note(tensor);
   if (const at::Tensor* grad = grad_slot(*tensor)) {
     TORCH_CHECK(rule_.sparse_error == nullptr || !grad->defined() || !grad->is_sparse(),
@@ -356,7 +443,7 @@ void Walker::leave_to_stock(Place place, PyObject* param) {
   Py_ssize_t position = 0;
   while (states != nullptr && PyDict_Check(states) &&
          PyDict_Next(states, &position, &name, &state)) {
-    if (exact_tensor(state)) note(impl_of(state));
+    if (exact_tensor(state) || LocalShards::is(state)) note(impl_of(state));
   }
 }
 

@@ -11,6 +11,7 @@
 #include "options.h"
 #include "plan.h"
 #include "pydict.h"
+#include "shards.h"
 #include "states.h"
 
 namespace fastsgd {
@@ -46,7 +47,7 @@ class Walker {
     const void* param = nullptr;
     const void* grad_slot = nullptr;
     const void* grad = nullptr;
-    const void* grad_object = nullptr;
+    PyObject* grad_object = nullptr;
     StatesSeen states;
   };
   // One group at this step, and how its last parameter was updated.
@@ -69,13 +70,20 @@ class Walker {
   void plan_group(Group& group, std::size_t& number);
   template <int kStates, bool kCounts>
   void plan_params(Group& group, std::size_t& number);
-  template <int kStates, bool kCounts>
+  template <class Kind, int kStates, bool kCounts>
   [[gnu::always_inline]] inline bool plan_param(Group& group, Py_ssize_t index, PyObject* param,
-                                                Path& path);
-  bool plan_first(Place place, Group& group, Subject& subject, const StatesSeen& seen);
+                                                Path& path, Shards::Seen* seen);
+  template <int kStates, bool kCounts>
+  bool plan_shard(Group& group, Py_ssize_t index, PyObject* param, std::size_t number);
+  bool plan_first(Place place, Group& group, Subject& subject, const StatesSeen& seen,
+                  const std::vector<at::Tensor>& made);
+  bool plan_first_shard(Place place, Group& group, Subject& subject, const Path& path,
+                        Shards::Seen& seen);
+  void stand_for(const Subject& shards, PyObject* const* streams, std::size_t size_before);
   at::Tensor new_counter(PyObject* group);
   template <int kValues>
   void fetch(const Path& path) const;
+  bool plan_all(PyObject* groups, PyObject* state);
   void ask_strangers(PyObject* groups);
   bool has_grad(PyObject* stranger);
   bool all_to_stock();
@@ -106,7 +114,9 @@ class Walker {
   std::vector<std::pair<Ref, bool>> strangers_;
   std::size_t strangers_met_ = 0;  // in this walk
   bool met_strangers_ = false;     // in this one or, at its start, in the last
-  std::vector<Range> left_;        // memory of the parameters that are left to stock
+  Shards shards_;
+  std::vector<Shards::Seen> shards_seen_;  // one for each parameter, where any is distributed
+  std::vector<Range> left_;                // memory of the parameters that are left to stock
   std::vector<Made> made_;
   Scaling scaling_;
   bool new_grads_ = false, grads_are_new_ = false;  // at this step; at the last one
@@ -134,6 +144,7 @@ class Busy {
 struct Walker::Cleanup {
   Walker& walker;
   ~Cleanup() {
+    walker.shards_.end_step();
     walker.states_.clear();
     walker.left_.clear();
     walker.strangers_.clear();

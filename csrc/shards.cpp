@@ -1,0 +1,116 @@
+#include "shards.h"
+
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full_like.h>
+#include <structmember.h>
+
+#include <cstring>
+
+namespace fastsgd {
+namespace {
+
+// More than any model has parameters; where each backward makes new specs, they must not pile up.
+constexpr std::size_t kMaxSpecs = 1 << 16;
+
+// Where objects of a type keep what a name in its __slots__ refers to; 0 if there is no such name.
+Py_ssize_t offset_of(PyTypeObject* type, const char* name) {
+  PyObject* descriptor = PyDict_GetItemString(type->tp_dict, name);
+  if (descriptor == nullptr || Py_TYPE(descriptor) != &PyMemberDescr_Type) return 0;
+  const PyMemberDef* member = reinterpret_cast<PyMemberDescrObject*>(descriptor)->d_member;
+  return member->type == T_OBJECT_EX ? member->offset : 0;
+}
+
+PyObject* attribute(PyObject* object, const char* name) {
+  return checked(PyObject_GetAttrString(object, name));
+}
+
+bool is_true(PyObject* object) {
+  const int truth = PyObject_IsTrue(object);
+  if (truth < 0) throw python_error();
+  return truth != 0;
+}
+
+}  // namespace
+
+void LocalShards::learn(PyObject* object) {
+  PyTypeObject* candidate = Py_TYPE(object);
+  if (type != nullptr || std::strcmp(candidate->tp_name, "DTensor") != 0) return;
+  const Ref module = Ref::steal(PyImport_ImportModule("torch.distributed.tensor"));
+  const Ref known = Ref::steal(module ? PyObject_GetAttrString(module.get(), "DTensor") : nullptr);
+  PyErr_Clear();
+  if (known.get() != reinterpret_cast<PyObject*>(candidate)) return;
+  local_slot = offset_of(candidate, "_local_tensor");
+  spec_slot = offset_of(candidate, "_spec");
+  if (local_slot == 0 || spec_slot == 0) return;
+  Py_INCREF(candidate);
+  type = candidate;
+}
+
+bool Shards::compare(PyObject* const* specs, int count) {
+  int kind = kMixed;
+  bool all_known = true, all_alike = true;
+  for (int i = 0; i < count; ++i) {
+    const auto known = kinds_.find(specs[i]);
+    if (known == kinds_.end()) {
+      if (specs[i] != nullptr) unknown_.push_back(Ref::borrow(specs[i]));
+      all_known = false;
+      continue;
+    }
+    if (i == 0) kind = known->second.second;
+    all_alike &= known->second.second == kind;
+  }
+  return all_known && all_alike && kind != kMixed;
+}
+
+std::vector<at::Tensor>* Shards::made_for(PyObject* param, const Structure& structure, NewState how,
+                                          double fill) {
+  const auto made = made_.find(param);
+  if (made != made_.end()) return &made->second;
+  wanted_.push_back({Ref::borrow(param), structure.count, how, fill});
+  return nullptr;
+}
+
+int Shards::classify(PyObject* spec) {
+  const Ref placements = Ref::steal(attribute(spec, "placements"));
+  const Ref listed = Ref::steal(checked(PySequence_Fast(placements.get(), "placements")));
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(listed.get()); ++i) {
+    const Ref partial = Ref::steal(checked(
+        PyObject_CallMethod(PySequence_Fast_GET_ITEM(listed.get(), i), "is_partial", nullptr)));
+    if (is_true(partial.get())) return kMixed;
+  }
+  if (!kind_of_equal_) kind_of_equal_ = Ref::steal(checked(PyDict_New()));
+  const Ref next = Ref::steal(checked(PyLong_FromSsize_t(PyDict_Size(kind_of_equal_.get()))));
+  return static_cast<int>(
+      PyLong_AsLong(checked(PyDict_SetDefault(kind_of_equal_.get(), spec, next.get()))));
+}
+
+void Shards::answer() {
+  if (kinds_.size() > kMaxSpecs) {
+    ++epoch_;
+    kinds_.clear();
+    kind_of_equal_ = Ref();
+  }
+  for (Wanted& wanted : std::exchange(wanted_, {})) {
+    const at::Tensor& param = tensor_of(wanted.param.get());
+    const at::Tensor* grad = grad_slot(*param.unsafeGetTensorImpl());
+    if (grad == nullptr || !grad->defined()) continue;
+    std::vector<at::Tensor> made;
+    for (int i = 0; i < wanted.count; ++i) {
+      at::Tensor state = wanted.how == NewState::kFilled ? at::full_like(param, wanted.fill)
+                                                         : at::empty_like(*grad);
+      const Ref object = Ref::steal(checked(THPVariable_Wrap(state)));
+      if (!LocalShards::is(object.get())) break;
+      made.push_back(std::move(state));
+      unknown_.push_back(Ref::borrow(LocalShards::spec(object.get())));
+    }
+    if (static_cast<int>(made.size()) != wanted.count) continue;
+    made_.insert_or_assign(wanted.param.get(), std::move(made));
+  }
+  for (const Ref& spec : std::exchange(unknown_, {})) {
+    if (kinds_.count(spec.get()) != 0) continue;
+    const int kind = classify(spec.get());
+    kinds_.emplace(spec.get(), std::pair(Ref::borrow(spec.get()), kind));
+  }
+}
+
+}  // namespace fastsgd
