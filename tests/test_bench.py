@@ -6,17 +6,21 @@ import json
 import shutil
 import sys
 import time
+import types
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastsgd import bench
-from fastsgd.bench import check, contestants, measure, sections, steps
+from fastsgd.bench import check, measure, opponents, report, sections, steps
 from fastsgd.bench.contest import Settings
-from fastsgd.bench.contestants import OURS, RULES, STOCK, Inputs, Mode, Training, parameters_of
+from fastsgd.bench.contestants import Inputs, Training, parameters_of
 from fastsgd.bench.measure import Effort, Runner, race
 from fastsgd.bench.memory import memory
+from fastsgd.bench.rules import RULES, Mode, Rule
 from fastsgd.bench.shapes import SHAPES, Shape
 
 SMALL = Shape("small", ((64, 3), (33,), (1,)))
@@ -24,20 +28,30 @@ SMALL_HALF = Shape("small", ((64, 3), (33,), (1,)), torch.bfloat16)
 HASTE = Settings(1, Effort(seconds=0.0, pairs=2))
 
 
-class Lazy(torch.optim.SGD):
-    """Leaves one element of the first parameter as it was."""
+SGD = RULES["sgd"]
 
-    def step(self, closure=None):
-        first = self.param_groups[0]["params"][0].detach().view(-1)
-        kept = first[0].clone()
-        super().step(closure)
-        first[0] = kept
+each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
+each_dtype = pytest.mark.parametrize("shape", [SMALL, SMALL_HALF], ids=["float32", "bfloat16"])
+
+
+def lazy(rule: Rule) -> Mode:
+    """Stock's class, but one element of the first parameter is left as it was."""
+
+    class Lazy(rule.stock):
+        def step(self, closure=None):
+            first = self.param_groups[0]["params"][0].detach().view(-1)
+            kept = first[0].clone()
+            super().step(closure)
+            first[0] = kept
+
+    return Mode("lazy", Lazy)
 
 
 @pytest.fixture
 def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sections' shapes, small."""
     monkeypatch.setattr(sections, "SHAPE", Shape("1000x16", ((16,),) * 5))
+    monkeypatch.setattr(sections, "GROUPED", Shape("465-groups", ((8,),) * 5, grouped=True))
     monkeypatch.setitem(sections.SHAPES, "2000x64", Shape("2000x64", ((64,),) * 5))
 
 
@@ -62,15 +76,44 @@ def test_counts_are_those_of_the_models(name: str, tensors: int, elements: int) 
     assert (SHAPES[name].tensors, SHAPES[name].elements) == (tensors, elements)
 
 
-def test_bytes_moved() -> None:
-    plain, momentum = RULES["sgd"], RULES["momentum"]
-    assert plain.bytes_moved(SHAPES["resnet-50"]) == 12 * 25_557_032
-    assert momentum.bytes_moved(SHAPES["resnet-50"]) == 20 * 25_557_032
-    assert momentum.bytes_moved(SHAPES["gpt-2-bf16"]) == 10 * 124_439_808
+@pytest.mark.parametrize(
+    ("name", "moved", "touched"),
+    [
+        ("sgd", 3, 2),
+        ("momentum", 5, 3),
+        ("nesterov", 5, 3),
+        ("adamw", 7, 4),
+        ("adam", 7, 4),
+        ("adamw-amsgrad", 9, 5),
+        ("rmsprop", 9, 5),
+        ("adagrad", 5, 3),
+    ],
+)
+def test_bytes_of_a_step(name: str, moved: int, touched: int) -> None:
+    rule = RULES[name]
+    assert rule.bytes_moved(SHAPES["resnet-50"]) == moved * 4 * 25_557_032
+    assert rule.bytes_touched(SHAPES["resnet-50"]) == touched * 4 * 25_557_032
+    assert rule.bytes_moved(SHAPES["gpt-2-bf16"]) == moved * 2 * 124_439_808
+
+
+@each_rule
+def test_the_states_are_as_many_as_the_rule_says(rule: Rule) -> None:
+    optimizer = Inputs.random(SMALL).optimizer(rule.ours, rule)
+    optimizer.step()
+    for p in parameters_of(optimizer):
+        states = [x for name, x in optimizer.state[p].items() if name != "step" and x is not None]
+        assert [x.shape for x in states] == [p.shape] * rule.states
+
+
+@each_rule
+def test_the_rivals_are_stock_with_each_flag_that_it_has(rule: Rule) -> None:
+    names = ["default", "foreach", "fused"] if rule.name != "rmsprop" else ["default", "foreach"]
+    assert [mode.name for mode in rule.rivals] == names
+    assert isinstance(rule.ours.optimizer([torch.zeros(1)]), rule.stock)
 
 
 def test_a_group_a_tensor() -> None:
-    optimizer = Inputs.random(SHAPES["465-groups"]).optimizer(OURS, RULES["sgd"])
+    optimizer = Inputs.random(SHAPES["465-groups"]).optimizer(SGD.ours, SGD)
     assert [len(group["params"]) for group in optimizer.param_groups] == [1] * 465
 
 
@@ -83,58 +126,174 @@ def test_inputs_are_the_same_each_time_and_never_zero() -> None:
 # --- Who is right -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [SMALL, SMALL_HALF], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
-@pytest.mark.parametrize("mode", [OURS, *STOCK[:2]], ids=lambda mode: mode.name)
-def test_a_right_result_is_found_right(shape: Shape, rule: contestants.Rule, mode: Mode) -> None:
-    inputs = Inputs.random(shape)
-    _, verdict = check.checked(inputs, mode, rule, check.reference(inputs, rule), [1, 2])
-    assert verdict.wrong == 0
-    if mode is OURS and shape.dtype == torch.float32:
-        assert verdict.identical
-
-
-@pytest.mark.parametrize("shape", [SMALL, SMALL_HALF], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
-def test_one_element_not_stepped_is_found_wrong(shape: Shape, rule: contestants.Rule) -> None:
+@each_dtype
+@each_rule
+def test_a_right_result_is_found_right(shape: Shape, rule: Rule) -> None:
     inputs = Inputs.random(shape)
     truth = check.reference(inputs, rule)
-    _, verdict = check.checked(inputs, Mode("lazy", Lazy), rule, truth, [1])
+    for mode in (rule.ours, *(m for m in rule.rivals if m.name != "fused")):
+        _, verdict = check.checked(inputs, mode, rule, truth, [1, 2])
+        assert verdict.wrong == 0
+        if mode is rule.ours:
+            bits = shape.dtype == torch.float32 and "SGD" in str(rule.ours.optimizer)
+            assert verdict.identical is (True if bits else None)
+
+
+@each_dtype
+@each_rule
+def test_one_element_not_stepped_is_found_wrong(shape: Shape, rule: Rule) -> None:
+    inputs = Inputs.random(shape)
+    truth = check.reference(inputs, rule)
+    _, verdict = check.checked(inputs, lazy(rule), rule, truth, [1])
     assert verdict.wrong == 1
+
+
+@each_rule
+def test_a_slightly_other_rule_is_found_wrong(rule: Rule) -> None:
+    inputs = Inputs.random(SMALL)
+    truth = check.reference(inputs, rule)
+    other = replace(rule.ours, options={"weight_decay": 0.011})
+    _, verdict = check.checked(inputs, other, rule, truth, [1])
+    assert verdict.wrong > SMALL.elements / 2
+
+
+def test_pieces_are_all_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "PIECE", 10)
+    start = torch.ones(3, 11)
+    for at in range(33):
+        result = start + 1
+        result.view(-1)[at] = 1
+        assert check.judged([start], [start + 1], [result]) == check.Verdict(1, False)
 
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="a bug of 2.13")
 def test_stock_fused_in_bfloat16_is_found_wrong_and_not_the_best() -> None:
-    row = steps.step_row(Inputs.random(SMALL_HALF), RULES["sgd"], HASTE)
+    row = steps.step_row(Inputs.random(SMALL_HALF), SGD, HASTE)
     assert list(row.wrong) == ["fused"]
     assert row.best is not None and row.best.mode != "fused"
     assert [rival.race for rival in row.rivals if rival.mode == "fused"] == [None]
 
 
-def test_a_wrong_rival_is_not_raced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "STOCK", (STOCK[0], Mode("lazy", Lazy)))
-    row = steps.step_row(Inputs.random(SMALL), RULES["sgd"], HASTE)
+def test_a_wrong_rival_is_not_raced() -> None:
+    rule = replace(SGD, rivals=(SGD.rivals[0], lazy(SGD)))
+    row = steps.step_row(Inputs.random(SMALL), rule, HASTE)
     assert [(rival.mode, rival.race is None) for rival in row.rivals] == [
         ("default", False),
         ("lazy", True),
     ]
     assert row.wrong == {"lazy": 1}
-    assert "lazy: 1 elements wrong" in bench.report.line(row)
+    assert "lazy: 1 elements wrong" in report.line(row)
 
 
-def test_no_rival_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "STOCK", (Mode("lazy", Lazy),))
-    row = steps.step_row(Inputs.random(SMALL), RULES["sgd"], HASTE)
+def test_no_rival_is_right() -> None:
+    row = steps.step_row(Inputs.random(SMALL), replace(SGD, rivals=(lazy(SGD),)), HASTE)
     assert row.best is None
-    assert "no mode is right" in bench.report.line(row)
+    assert "no mode is right" in report.line(row)
 
 
+@each_rule
 def test_our_own_wrong_result_ends_the_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rule: Rule, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(steps, "OURS", Mode("fastsgd", Lazy))
-    assert bench.main(["--sections", "steps", "--shapes", "lesson"]) == 1
-    assert "fastsgd.SGD has 1 of 15 elements wrong" in capsys.readouterr().err
+    monkeypatch.setitem(RULES, rule.name, replace(rule, ours=lazy(rule)))
+    options = ["--sections", "steps", "--shapes", "lesson", "--optimizers", rule.name]
+    assert bench.main(options) == 1
+    assert "fastsgd has 1 of 15 elements wrong" in capsys.readouterr().err
+
+
+# --- Opponents --------------------------------------------------------------------------------
+
+
+class Fake(torch.optim.AdamW):
+    """An opponent that does as stock does, with its learning rate in a tensor."""
+
+    def __init__(self, params, lr, betas, eps, weight_decay, kahan_sum):
+        assert (betas, eps, kahan_sum) == ((0.9, 0.999), 1e-8, False)
+        super().__init__(params, torch.tensor(lr), betas, eps, weight_decay)
+
+
+class Broken(torch.optim.Adam):
+    """An opponent that cannot step."""
+
+    def __init__(self, params, lr, **options):
+        super().__init__(params, lr)
+
+    def step(self, closure=None):
+        raise ZeroDivisionError
+
+
+def broken_import(name: str) -> object:
+    """Fail as the import of a library that is there but does not work."""
+    if name.startswith("deepspeed"):
+        raise OSError("libcuda.so is missing")
+    return import_module(name)
+
+
+@pytest.fixture
+def optimi(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A library in the place of optimi, and none in that of the others."""
+    module = types.ModuleType("optimi")
+    module.__version__ = "1.2"
+    module.AdamW, module.Adam = Fake, Broken
+    monkeypatch.setitem(sys.modules, "optimi", module)
+    for name in ("deepspeed", "bitsandbytes", "torchao"):
+        monkeypatch.setitem(sys.modules, name, None)
+    return module
+
+
+def test_opponents_are_found_or_left_out_with_a_word(
+    optimi: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opponents, "import_module", broken_import)
+    found, words = opponents.found()
+    assert [opponent.name for opponent in found] == ["optimi"]
+    assert words == {
+        "deepspeed": "OSError",
+        "optimi": "1.2",
+        "bitsandbytes": "not installed",
+        "torchao": "not installed",
+    }
+
+
+def test_an_opponent_names_rules_that_there_are() -> None:
+    for opponent in opponents.OPPONENTS:
+        assert opponent.classes.keys() <= RULES.keys()
+        assert not any(opponent.enters(rule, torch.float64) for rule in RULES.values())
+        assert any(opponent.enters(rule, torch.float32) for rule in RULES.values())
+
+
+def test_opponents_have_lines_of_their_own(
+    optimi: types.ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "found.json"
+    options = ["--sections", "steps", "--shapes", "lesson", "--seconds-per-case", "0.01"]
+    rules = ["--optimizers", "adamw", "adam", "sgd", "rmsprop"]
+    assert bench.main([*options, *rules, "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "optimi 1.2" in printed and "torchao not installed" in printed
+    found = json.loads(path.read_text())
+    assert found["opponents"]["optimi"] == "1.2"
+    adamw, adam, sgd, rmsprop = found["steps"]
+    assert adamw["opponents_over_ours"]["optimi"] > 0 and not adamw["failures"]
+    assert adamw["stock_over_ours"] == min(r["race"]["ratio"]["median"] for r in adamw["rivals"])
+    assert adam["failures"] == {"optimi": "ZeroDivisionError"} and not adam["opponents"]
+    assert sgd["failures"] == {"optimi": "AttributeError"}
+    assert not rmsprop["failures"] and not rmsprop["opponents"]
+    lines = [line.split() for line in printed.splitlines() if line.startswith(" ")]
+    assert [words[:2] for words in lines[1:]] == [
+        ["optimi", "ZeroDivisionError"],
+        ["optimi", "AttributeError"],
+    ]
+    assert float(lines[0][1]) > 0
+
+
+def test_a_wrong_opponent_is_not_raced(optimi: types.ModuleType) -> None:
+    rule = RULES["adamw"]
+    optimi.AdamW = lambda *args, kahan_sum, **options: lazy(rule).optimizer(*args, **options)
+    row = steps.step_row(Inputs.random(SMALL), rule, HASTE, opponents.found()[0])
+    assert row.wrong == {"optimi": 1} and row.best_opponents == {"optimi": None}
+    assert [line.split() for line in report.opponent_lines(row)] == [["optimi", "wrong"]]
+    assert row.best is not None
 
 
 # --- Timing -----------------------------------------------------------------------------------
@@ -178,7 +337,7 @@ def test_a_hopeless_race_is_broken_off() -> None:
 
 
 def test_backward_makes_each_gradient_anew() -> None:
-    training = Training(Inputs.random(SMALL), OURS, RULES["sgd"])
+    training = Training(Inputs.random(SMALL), SGD.ours, SGD)
     addresses: set[int] = set()
     training.backward()
     for _ in range(2):
@@ -190,11 +349,12 @@ def test_backward_makes_each_gradient_anew() -> None:
             assert torch.equal(p.grad, x)
 
 
-def test_the_timed_learning_rate_moves_little() -> None:
-    inputs, rule = Inputs.random(SMALL), RULES["momentum"]
-    optimizer, _ = check.checked(inputs, OURS, rule, check.reference(inputs, rule), [1])
+@each_rule
+def test_the_timed_steps_move_little(rule: Rule) -> None:
+    inputs = Inputs.random(SMALL)
+    optimizer, _ = check.checked(inputs, rule.ours, rule, check.reference(inputs, rule), [1])
     before = [p.detach().clone() for p in parameters_of(optimizer)]
-    for _ in range(1000):
+    for _ in range(3000):
         optimizer.step()
     for p, was in zip(parameters_of(optimizer), before, strict=True):
         torch.testing.assert_close(p.detach(), was, rtol=0, atol=1e-3)
@@ -205,31 +365,42 @@ def test_the_timed_learning_rate_moves_little() -> None:
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="the counting malloc needs a C compiler")
 def test_a_warm_step_allocates_nothing() -> None:
-    found = {m.mode: m.allocations for m in memory(2, ["lesson", "1000x16"])}
-    assert found["fastsgd"] == 0
-    assert found["default"] is not None and found["default"] > 1000
+    found = {(m.what, m.mode): m for m in memory(2, ["1000x16"])}
+    for rule in (RULES["momentum"], RULES["adamw"]):
+        ours, stock = found[rule.title, "fastsgd"], found[rule.title, "default"]
+        assert ours.allocations == 0
+        assert ours.peak_bytes is None or ours.peak_bytes < 1 << 20
+        assert stock.allocations is not None and stock.allocations > 1000
 
 
 # --- The command ------------------------------------------------------------------------------
 
 
 def test_a_tiny_run_prints_and_writes_everything(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], small_shapes: None
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    small_shapes: None,
 ) -> None:
     path = tmp_path / "found.json"
+    monkeypatch.setattr(bench, "QUICK_SECONDS", float("inf"))
     code = bench.main(
-        ["--shapes", "lesson", "--seconds-per-case", "0.01", "--threads", "2", "--json", str(path)]
-        + ["--sections", "steps", "fresh", "zero-grad", "oversubscribed"]
+        ["--quick", "--shapes", "lesson", "--optimizers", *RULES]
+        + ["--seconds-per-case", "0.01", "--threads", "2", "--json", str(path)]
+        + ["--sections", "steps", "fresh", "zero-grad", "groups", "oversubscribed"]
     )
     printed = capsys.readouterr().out
     assert code == 0
     for heading in ("lesson", "momentum, wd", "set_to_none=False", "8 threads / 1 thread"):
         assert heading in printed
+    assert "5 groups / 1 group" in printed
     found = json.loads(path.read_text())
     assert {"date", "torch", "fastsgd", "cpu", "threads", "load", "isa", "options"} <= found.keys()
     assert found["threads"] == 2
     assert [row["what"] for row in found["steps"]] == [rule.title for rule in RULES.values()]
-    assert len(found["fresh"]) == len(found["zero-grad"]) == 2
+    assert [row["what"] for row in found["fresh"]] == ["SGD", "momentum, wd", "AdamW"]
+    assert len(found["zero-grad"]) == 2
+    assert found["groups"].keys() == {"SGD", "AdamW", "RMSprop centered"}
     assert found["oversubscribed"].keys() == {"fastsgd", "fused"}
     for row in found["steps"] + found["fresh"] + found["zero-grad"]:
         check_row(row)
@@ -237,8 +408,9 @@ def test_a_tiny_run_prints_and_writes_everything(
 
 def check_row(row: dict) -> None:
     """What a reader of the JSON may rely on."""
+    rule = next((r for r in RULES.values() if r.title == row["what"]), SGD)
     entered = [(rival["mode"], rival["threads"]) for rival in row["rivals"]]
-    assert entered == [(mode.name, count) for mode in STOCK for count in (1, 2)]
+    assert entered == [(mode.name, count) for mode in rule.rivals for count in (1, 2)]
     medians = []
     for rival in row["rivals"]:
         result = rival["race"]
@@ -257,6 +429,28 @@ def test_a_large_shape_is_compared_with_a_copy(monkeypatch: pytest.MonkeyPatch) 
     assert row.copy_fraction == pytest.approx(min(ratios) * 20 / 12)
 
 
+@pytest.mark.parametrize(
+    ("options", "shape", "rules"),
+    [
+        ([], "lesson", list(RULES)),
+        ([], "gpt-2", ["sgd", "momentum", "adamw", "rmsprop", "adagrad"]),
+        (["--quick"], "lesson", ["sgd", "momentum", "adamw"]),
+        (["--quick"], "gpt-2", []),
+        (["--quick", "--shapes", "gpt-2", "--optimizers", "adam"], "gpt-2", ["adam"]),
+    ],
+)
+def test_which_rules_a_shape_gets(options: list[str], shape: str, rules: list[str]) -> None:
+    plan = bench.plan_of(bench.parse(options))
+    assert [rule for name, rule in plan.cases if name == shape] == rules
+
+
+def test_many_groups_beyond_their_limit_are_said_to_be() -> None:
+    for ratio, said in ((1.1, False), (1.2, True)):
+        found = measure.Race(measure.Spread(ratio, ratio, ratio), 1.0, ratio, 2)
+        (line,) = report.groups_lines({"SGD": found})
+        assert ("more than 1.15" in line) is said
+
+
 def test_quick_begins_nothing_after_its_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,7 +467,7 @@ def test_quick_begins_nothing_after_its_time(
         ["--seconds-per-case", "-1"],
         ["--seconds-per-case", "nan"],
         ["--shapes", "alexnet"],
-        ["--optimizers", "adam"],
+        ["--optimizers", "adadelta"],
         ["--json", "no/such/folder/found.json"],
     ],
 )

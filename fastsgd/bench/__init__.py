@@ -11,15 +11,18 @@ import torch
 
 from fastsgd.bench import report
 from fastsgd.bench.contest import Settings
-from fastsgd.bench.contestants import RULES
 from fastsgd.bench.measure import Effort
+from fastsgd.bench.opponents import found
+from fastsgd.bench.rules import RULES
 from fastsgd.bench.schedule import SECTIONS, Plan, run
 from fastsgd.bench.shapes import SHAPES
 from fastsgd.bench.steps import WrongResultError
 
-# --quick leaves out what is much like another, and begins nothing that may end later than this.
-QUICK_SHAPES = [name for name in SHAPES if name != "vit-b-16"]
-QUICK_RULES = [name for name in RULES if name != "nesterov"]
+# Rows of large shapes take long: there are none of what is much like another.
+LARGE_RULES = ["sgd", "momentum", "adamw", "rmsprop", "adagrad"]
+# --quick does not try all large shapes, and begins nothing that may end later than this.
+QUICK_SHAPES = [name for name, shape in SHAPES.items() if not shape.large or name == "resnet-50"]
+QUICK_RULES = ["sgd", "momentum", "adamw"]
 QUICK_SECONDS = 45.0
 
 
@@ -65,16 +68,29 @@ def fail(sentence: str) -> int:
 
 def plan_of(options: argparse.Namespace) -> Plan:
     """What the options ask for; what is named is run, --quick or not."""
+    sections = options.sections or list(SECTIONS)
+    opponents, words = found() if "steps" in sections else ([], {})
+    shapes = options.shapes or (QUICK_SHAPES if options.quick else list(SHAPES))
     return Plan(
-        sections=options.sections or list(SECTIONS),
-        shapes=options.shapes or (QUICK_SHAPES if options.quick else list(SHAPES)),
-        rules=options.optimizers or (QUICK_RULES if options.quick else list(RULES)),
+        sections,
+        [(shape, rule) for shape in shapes for rule in rules_of(shape, options)],
+        opponents,
+        words,
         deadline=perf_counter() + QUICK_SECONDS if options.quick else float("inf"),
     )
 
 
+def rules_of(shape: str, options: argparse.Namespace) -> list[str]:
+    """The rules for a shape: those named, or those worth its time."""
+    if options.optimizers:
+        return list(options.optimizers)
+    if options.quick:
+        return QUICK_RULES
+    return LARGE_RULES if SHAPES[shape].large else list(RULES)
+
+
 def effort_of(options: argparse.Namespace) -> Effort:
-    """How long a race is: a row's seconds are shared by its six races."""
+    """How long a race is: a row's seconds are shared by six races, which is how many SGD has."""
     seconds = options.seconds_per_case or (0.6 if options.quick else 6.0)
     return Effort(seconds / 6, pairs=3 if options.quick else 9)
 
@@ -106,7 +122,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def names(of: Iterable[str]) -> str:
     """The help of an option that takes names."""
-    return f"of {', '.join(of)}; all by default"
+    return f"of {', '.join(of)}"
 
 
 def threads(text: str) -> int:

@@ -1,67 +1,14 @@
-"""Who is timed: our optimizer, stock's three modes, and the inputs that all of them get."""
+"""Optimizers ready to step, and the inputs that all of them get."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-import fastsgd
+from fastsgd.bench.rules import TIMED_LR, Mode, Rule
 from fastsgd.bench.shapes import Shape
-
-# Too small to move a parameter far in some thousands of steps, so that no value blows up.
-TIMED_LR = 1e-9
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One update rule.
-
-    Attributes:
-        name: What the command line calls it.
-        title: What the table calls it.
-        options: The optimizer's arguments, but for lr.
-    """
-
-    name: str
-    title: str
-    options: Mapping[str, Any] = field(repr=False)
-
-    def bytes_moved(self, shape: Shape) -> int:
-        """What a step has to read and write: p, g and p again; with momentum its buffer twice."""
-        return (5 if "momentum" in self.options else 3) * shape.dtype.itemsize * shape.elements
-
-    def bytes_touched(self, shape: Shape) -> int:
-        """The memory that a step works on: p and g, and a momentum buffer."""
-        return (3 if "momentum" in self.options else 2) * shape.dtype.itemsize * shape.elements
-
-
-RULES = {
-    rule.name: rule
-    for rule in (
-        Rule("sgd", "SGD", {}),
-        Rule("momentum", "momentum, wd", {"momentum": 0.9, "weight_decay": 5e-4}),
-        Rule("nesterov", "nesterov, wd", {"momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Mode:
-    """One optimizer class with the flags that choose its implementation."""
-
-    name: str
-    optimizer: type[torch.optim.SGD]
-    flags: Mapping[str, bool] = field(default_factory=dict, repr=False)
-
-
-OURS = Mode("fastsgd", fastsgd.SGD)
-STOCK = (
-    Mode("default", torch.optim.SGD),
-    Mode("foreach", torch.optim.SGD, {"foreach": True}),
-    Mode("fused", torch.optim.SGD, {"fused": True}),
-)
 
 
 @dataclass(frozen=True)
@@ -82,18 +29,28 @@ class Inputs:
 
         return cls(shape, values(), values())
 
-    def optimizer(self, mode: Mode, rule: Rule, lr: float = TIMED_LR) -> torch.optim.SGD:
+    def optimizer(self, mode: Mode, rule: Rule, lr: float = TIMED_LR) -> Optimizer:
         """An optimizer over copies of the parameters, each with its gradient."""
         copies = [torch.nn.Parameter(p.clone()) for p in self.parameters]
         for copy, gradient in zip(copies, self.gradients, strict=True):
             copy.grad = gradient.clone()
         groups = [{"params": [c]} for c in copies] if self.shape.grouped else [{"params": copies}]
-        return mode.optimizer(groups, lr=lr, **rule.options, **mode.flags)
+        return mode.optimizer(groups, lr=lr, **{**rule.options, **mode.options})
 
 
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """The parameters of all groups, in order."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def set_options(optimizer: Optimizer, options: Mapping[str, float]) -> None:
+    """Change options of all groups, in place where they are tensors."""
+    for group in optimizer.param_groups:
+        for name, value in options.items():
+            if isinstance(group[name], Tensor):
+                group[name].fill_(value)
+            else:
+                group[name] = value
 
 
 class Training:

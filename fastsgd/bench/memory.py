@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from fastsgd.bench.contestants import OURS, RULES, STOCK, Inputs, Mode, Training
+from fastsgd.bench.contestants import Inputs, Training
+from fastsgd.bench.rules import RULES, Mode, Rule
 from fastsgd.bench.shapes import SHAPES, Shape
 
 COUNTER = """
@@ -40,6 +41,7 @@ int posix_memalign(void **p, size_t a, size_t n) {
 """
 # Counted and watched over this many steps, each after a backward of its own.
 STEPS = 3
+MEMORY_RULES = ("momentum", "adamw")
 WARM_UP_STEPS = 2
 
 
@@ -49,6 +51,7 @@ class Memory:
 
     Attributes:
         shape: The shape's name.
+        what: The rule.
         mode: `fastsgd`, or one of stock's.
         gradient_bytes: The size of all gradients, for comparison.
         peak_bytes: By how much a warm step's peak of resident memory passes what was resident
@@ -57,6 +60,7 @@ class Memory:
     """
 
     shape: str
+    what: str
     mode: str
     gradient_bytes: int
     peak_bytes: int | None
@@ -92,13 +96,18 @@ def counter(folder: Path) -> Path | None:
 def child(threads: int, shapes: Sequence[str]) -> None:
     """Measure in this process, and print JSON."""
     torch.set_num_threads(threads)
-    found = [asdict(of(SHAPES[name], mode)) for name in shapes for mode in (OURS, *STOCK)]
-    print(json.dumps(found))
+    found = [
+        of(SHAPES[name], mode, rule)
+        for name in shapes
+        for rule in map(RULES.__getitem__, MEMORY_RULES)
+        for mode in (rule.ours, *rule.rivals)
+    ]
+    print(json.dumps([asdict(memory) for memory in found]))
 
 
-def of(shape: Shape, mode: Mode) -> Memory:
-    """Measure the warm steps of momentum SGD over real gradients."""
-    training = Training(Inputs.random(shape), mode, RULES["momentum"])
+def of(shape: Shape, mode: Mode, rule: Rule) -> Memory:
+    """Measure warm steps over real gradients."""
+    training = Training(Inputs.random(shape), mode, rule)
     step, backward = training.optimizer.step, training.backward
     for _ in range(WARM_UP_STEPS):
         backward()
@@ -113,6 +122,7 @@ def of(shape: Shape, mode: Mode) -> Memory:
     known_counts = [count for count in counts if count is not None]
     return Memory(
         shape.name,
+        rule.title,
         mode.name,
         sum(p.nbytes for p in training.parameters),
         max(known_peaks, default=None),

@@ -12,10 +12,10 @@ import torch
 
 import fastsgd
 from fastsgd import _C
-from fastsgd.bench.contest import Row
+from fastsgd.bench.contest import Rival, Row
 from fastsgd.bench.measure import Race
 from fastsgd.bench.memory import Memory
-from fastsgd.bench.sections import MANY_THREADS
+from fastsgd.bench.sections import GROUPED, MANY_THREADS
 
 COLUMNS = "{:<13}{:<19}{:>11}  {:<18}{:<15}{:>11}{:>11}{:>10}{:>9}  {}"
 HEADINGS = (
@@ -23,6 +23,8 @@ HEADINGS = (
     *("MB moved", "of copy", ""),
 )
 HEADER = COLUMNS.format(*HEADINGS).rstrip()
+# What 465 groups may cost over one.
+GROUPS_LIMIT = 1.15
 
 
 @dataclass
@@ -31,12 +33,16 @@ class Results:
 
     Attributes:
         rows: The main table, by the heading of each part.
+        opponents: A word on each opponent: its version, or why it was left out.
+        groups: The races of many groups against one.
         oversubscribed: The races of many threads against one.
         memory: What steps take from memory.
         skipped: What --quick had no time for.
     """
 
     rows: dict[str, list[Row]] = field(default_factory=dict)
+    opponents: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, Race] = field(default_factory=dict)
     oversubscribed: dict[str, Race] = field(default_factory=dict)
     memory: list[Memory] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -87,22 +93,30 @@ def line(row: Row) -> str:
     moved = f"{row.bytes_moved / 1e6:,.0f}" if row.bytes_moved else ""
     fraction = "" if row.copy_fraction is None else f"{row.copy_fraction:.0%}"
     note = "; ".join(f"{mode}: {count:,} elements wrong" for mode, count in row.wrong.items())
-    best = row.best
-    if best is None or best.race is None:
-        cells = ["no mode is right", "", "", "", "", moved, fraction]
-        return COLUMNS.format(row.shape, row.what, *cells, note).rstrip()
-    race = best.race
-    spread = f"{race.ratio.first_quartile:.2f} .. {race.ratio.third_quartile:.2f}"
-    cells = [
-        f"{race.ratio.median:.2f}",
-        spread,
-        f"{best.mode}, {best.threads} thr",
-        microseconds(race.rival_us),
-        microseconds(race.ours_us),
-        moved,
-        fraction,
-    ]
+    cells = [*cells_of(row.best, "no mode is right"), moved, fraction]
     return COLUMNS.format(row.shape, row.what, *cells, note).rstrip()
+
+
+def opponent_lines(row: Row) -> Iterable[str]:
+    """A line for each opponent of a row; they are no part of the best of stock."""
+    for name, best in row.best_opponents.items():
+        yield COLUMNS.format("", f"  {name}", *cells_of(best, "wrong"), "", "", "").rstrip()
+    for name, failure in row.failures.items():
+        yield COLUMNS.format("", f"  {name}", failure, *[""] * 7).rstrip()
+
+
+def cells_of(rival: Rival | None, otherwise: str) -> list[str]:
+    """The columns that tell of a race; `otherwise` where there was none."""
+    if rival is None or rival.race is None:
+        return [otherwise, "", "", "", ""]
+    ratio = rival.race.ratio
+    return [
+        f"{ratio.median:.2f}",
+        f"{ratio.first_quartile:.2f} .. {ratio.third_quartile:.2f}",
+        f"{rival.mode}, {rival.threads} thr",
+        microseconds(rival.race.rival_us),
+        microseconds(rival.race.ours_us),
+    ]
 
 
 def microseconds(value: float) -> str:
@@ -110,27 +124,44 @@ def microseconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
+def opponents_line(words: dict[str, str]) -> str:
+    """Who else is raced, and who is not."""
+    return "opponents: " + ", ".join(f"{name} {word}" for name, word in words.items())
+
+
+def groups_lines(races: dict[str, Race]) -> Iterable[str]:
+    """Times with a group for each tensor over times with one for all."""
+    for title, race in races.items():
+        within = "" if race.ratio.median <= GROUPS_LIMIT else f", more than {GROUPS_LIMIT}"
+        yield against(title, f"{GROUPED.tensors} groups / 1 group", race) + within
+
+
 def oversubscribed_lines(races: dict[str, Race]) -> Iterable[str]:
     """Times with many threads over times with one."""
     for name, race in races.items():
         who = "ours" if name == "fastsgd" else f"stock {name}"
-        yield (
-            f"{who:<14} {MANY_THREADS} threads / 1 thread {race.ratio.median:>7.2f}"
-            f"   ({race.ratio.first_quartile:.2f} .. {race.ratio.third_quartile:.2f};"
-            f" {microseconds(race.rival_us)} µs / {microseconds(race.ours_us)} µs)"
-        )
+        yield against(who, f"{MANY_THREADS} threads / 1 thread", race)
+
+
+def against(who: str, what: str, race: Race) -> str:
+    """One optimizer in two ways."""
+    return (
+        f"{who:<17} {what} {race.ratio.median:>7.2f}"
+        f"   ({race.ratio.first_quartile:.2f} .. {race.ratio.third_quartile:.2f};"
+        f" {microseconds(race.rival_us)} µs / {microseconds(race.ours_us)} µs)"
+    )
 
 
 def memory_lines(found: Iterable[Memory]) -> Iterable[str]:
     """What a warm step takes."""
-    columns = "{:<13}{:<10}{:>20}{:>26}{:>16}"
+    columns = "{:<13}{:<14}{:<10}{:>20}{:>26}{:>16}"
     yield columns.format(
-        "shape", "", "malloc calls a step", "peak beyond what was, MB", "gradients, MB"
+        "shape", "step", "", "malloc calls a step", "peak beyond what was, MB", "gradients, MB"
     )
     for m in found:
         calls = "no C compiler" if m.allocations is None else f"{m.allocations:g}"
         peak = "not told" if m.peak_bytes is None else f"{m.peak_bytes / 1e6:.1f}"
-        yield columns.format(m.shape, m.mode, calls, peak, f"{m.gradient_bytes / 1e6:.1f}")
+        yield columns.format(m.shape, m.what, m.mode, calls, peak, f"{m.gradient_bytes / 1e6:.1f}")
 
 
 def document(results: Results, options: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +169,9 @@ def document(results: Results, options: dict[str, Any]) -> dict[str, Any]:
     return {
         **machine(),
         "options": options,
+        "opponents": results.opponents,
         **{name: [record(row) for row in rows] for name, rows in results.rows.items()},
+        "groups": {title: asdict(race) for title, race in results.groups.items()},
         "oversubscribed": {name: asdict(race) for name, race in results.oversubscribed.items()},
         "memory": [asdict(m) for m in results.memory],
         "skipped": results.skipped,
@@ -147,6 +180,14 @@ def document(results: Results, options: dict[str, Any]) -> dict[str, Any]:
 
 def record(row: Row) -> dict[str, Any]:
     """A row, with what follows from it."""
-    best = row.best
-    found = None if best is None or best.race is None else best.race.ratio.median
-    return {**asdict(row), "stock_over_ours": found, "copy_fraction": row.copy_fraction}
+    return {
+        **asdict(row),
+        "stock_over_ours": median(row.best),
+        "opponents_over_ours": {name: median(best) for name, best in row.best_opponents.items()},
+        "copy_fraction": row.copy_fraction,
+    }
+
+
+def median(rival: Rival | None) -> float | None:
+    """A rival's ratio; None where there was no race."""
+    return None if rival is None or rival.race is None else rival.race.ratio.median

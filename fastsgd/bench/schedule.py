@@ -1,14 +1,17 @@
 """What is run, in which order; each row is printed as it is found."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from time import perf_counter
 
 from fastsgd.bench import report, sections
 from fastsgd.bench.contest import Row, Settings
-from fastsgd.bench.contestants import RULES, Inputs
+from fastsgd.bench.contestants import Inputs
 from fastsgd.bench.memory import memory
+from fastsgd.bench.opponents import Opponent
 from fastsgd.bench.report import Results
+from fastsgd.bench.rules import RULES
 from fastsgd.bench.shapes import SHAPES
 from fastsgd.bench.steps import step_row
 
@@ -16,12 +19,13 @@ SECTIONS = {
     "steps": "step() on gradients that stay where they are",
     "fresh": "step() on gradients that a backward has just made, in memory that is new to it",
     "zero-grad": "zero_grad() on gradients that a backward has just made",
-    "memory": "momentum step on gradients that a backward has just made, once warm",
+    "groups": "step() of 465 tensors, each in a group of its own or all in one; both ours",
+    "memory": "step() on gradients that a backward has just made, once warm",
     # Last: it leaves threads behind.
-    "oversubscribed": "SGD step of 2000x64 with more threads than cores",
+    "oversubscribed": "SGD step() of 2000x64 with more threads than cores",
 }
 # The seconds before a deadline that are kept for the sections after the main table.
-RESERVED_SECONDS = 12.0
+RESERVED_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -30,22 +34,34 @@ class Plan:
 
     Attributes:
         sections: Names of SECTIONS.
-        shapes: Names of SHAPES, for the section `steps`.
-        rules: Names of RULES, for the section `steps`.
+        cases: Names of SHAPES and RULES, for the section `steps`.
+        opponents: Who else is raced in the section `steps`,
+        words: and a word on each of those, and on those who are not.
         deadline: When, on `perf_counter`, nothing more is begun.
     """
 
     sections: Sequence[str]
-    shapes: Sequence[str]
-    rules: Sequence[str]
+    cases: Sequence[tuple[str, str]]
+    opponents: Sequence[Opponent] = ()
+    words: dict[str, str] = field(default_factory=dict)
     deadline: float = float("inf")
 
     def races(self, settings: Settings) -> int:
         """How often the progress bar will tick."""
-        rows = {"fresh": 2, "zero-grad": 2, "steps": len(self.shapes) * len(self.rules)}
-        ticks = sum(count for name, count in rows.items() if name in self.sections)
-        others = {"memory": 1, "oversubscribed": 2}
-        return ticks * settings.contests + sum(others.get(name, 0) for name in self.sections)
+        rivals = {
+            "steps": sum(self.entrants(*case) for case in self.cases),
+            "fresh": sum(len(rule.rivals) for rule in sections.FRESH_RULES),
+            "zero-grad": 2 * len(RULES["sgd"].rivals),
+        }
+        ticks = sum(count for name, count in rivals.items() if name in self.sections)
+        others = {"memory": 1, "groups": len(sections.GROUP_RULES), "oversubscribed": 2}
+        return ticks * len(settings.counts) + sum(others.get(name, 0) for name in self.sections)
+
+    def entrants(self, shape: str, rule: str) -> int:
+        """How many optimizers a row of the section `steps` has beside ours."""
+        dtype = SHAPES[shape].dtype
+        opponents = sum(opponent.enters(RULES[rule], dtype) for opponent in self.opponents)
+        return len(RULES[rule].rivals) + opponents
 
 
 def run(plan: Plan, settings: Settings, say: Callable[[str], object]) -> Results:
@@ -71,15 +87,22 @@ def run(plan: Plan, settings: Settings, say: Callable[[str], object]) -> Results
             results.memory = memory(settings.threads)
             settings.tick()
             say_all(report.memory_lines(results.memory), say)
+        elif name == "groups":
+            results.groups = sections.groups(settings)
+            say_all(report.groups_lines(results.groups), say)
         elif name == "oversubscribed":
             results.oversubscribed = sections.oversubscribed(settings)
             say_all(report.oversubscribed_lines(results.oversubscribed), say)
         else:
+            if name == "steps":
+                results.opponents = plan.words
+                say(report.opponents_line(plan.words))
             say(report.HEADER)
             rows = results.rows.setdefault(name, [])
             for row in rows_of(name, plan, settings, results.skipped):
                 rows.append(row)
                 say(report.line(row))
+                say_all(report.opponent_lines(row), say)
     if results.skipped:
         say(f"\nnot run, as the time of --quick was over: {', '.join(results.skipped)}")
     return results
@@ -100,15 +123,15 @@ def step_rows(plan: Plan, settings: Settings, skipped: list[str]) -> Iterator[Ro
     deadline = plan.deadline - (RESERVED_SECONDS if len(plan.sections) > 1 else 0.0)
     # A row takes about as long as the one before, or as its elements in the slowest large row.
     took = seconds_an_element = 0.0
-    for shape in map(SHAPES.__getitem__, plan.shapes):
+    for shape, cases in groupby(plan.cases, key=lambda case: SHAPES[case[0]]):
         inputs: Inputs | None = None
-        for rule in plan.rules:
+        for _, rule in cases:
             start = perf_counter()
             if start + max(took, seconds_an_element * shape.elements) > deadline:
                 skipped.append(f"{shape.name} {rule}")
                 continue
             inputs = inputs or Inputs.random(shape)
-            yield step_row(inputs, RULES[rule], settings)
+            yield step_row(inputs, RULES[rule], settings, plan.opponents)
             took = perf_counter() - start
             if shape.large:
                 seconds_an_element = max(seconds_an_element, took / shape.elements)

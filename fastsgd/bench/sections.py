@@ -1,20 +1,28 @@
-"""What the main table does not show: fresh gradients, `zero_grad`, and too many threads."""
+"""What the main table does not show: fresh gradients, `zero_grad`, groups, too many threads."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
-from fastsgd.bench.contest import Rival, Row, Settings
-from fastsgd.bench.contestants import OURS, RULES, STOCK, Inputs, Rule, Training
+from fastsgd.bench.check import reference
+from fastsgd.bench.contest import Rival, Row, Settings, races_of
+from fastsgd.bench.contestants import Inputs, Training
 from fastsgd.bench.measure import Race, Runner
+from fastsgd.bench.rules import RULES, Rule
 from fastsgd.bench.shapes import SHAPES
+from fastsgd.bench.steps import our_runner
 
 SHAPE = SHAPES["1000x16"]
+GROUPED = SHAPES["465-groups"]
 MANY_THREADS = 8
+
+FRESH_RULES = [RULES[name] for name in ("sgd", "momentum", "adamw")]
+GROUP_RULES = [RULES[name] for name in ("sgd", "adamw", "rmsprop")]
 
 
 def fresh_rows(settings: Settings) -> Iterator[Row]:
     """Time `step()` on gradients that a backward has just made, in memory not used before."""
-    for rule in (RULES["sgd"], RULES["momentum"]):
+    for rule in FRESH_RULES:
         yield training_row(rule.title, rule, settings, lambda training: training.optimizer.step)
 
 
@@ -40,23 +48,37 @@ def training_row(
     def runner(training: Training, threads: int) -> Runner:
         return Runner(timed(training), threads, prepare=training.backward)
 
-    ours = runner(Training(inputs, OURS, rule), settings.threads)
+    ours = runner(Training(inputs, rule.ours, rule), settings.threads)
     row = Row(SHAPE.name, what, settings.threads)
-    for mode in STOCK:
+    for mode in rule.rivals:
         rival = Training(inputs, mode, rule)
         for count in settings.counts:
-            race = settings.race(ours, runner(rival, count), row.races)
+            race = settings.race(ours, runner(rival, count), races_of(row.rivals))
             row.rivals.append(Rival(mode.name, count, None, race))
             settings.tick()
     return row
 
 
+def groups(settings: Settings) -> dict[str, Race]:
+    """Time a group for each tensor against one group of the same tensors, both ours."""
+    apart = Inputs.random(GROUPED)
+    together = replace(apart, shape=replace(GROUPED, grouped=False))
+    races = {}
+    for rule in GROUP_RULES:
+        truth = reference(apart, rule)
+        one, _ = our_runner(together, rule, truth, settings)
+        many, _ = our_runner(apart, rule, truth, settings)
+        races[rule.title] = settings.race(one, many)
+        settings.tick()
+    return races
+
+
 def oversubscribed(settings: Settings) -> dict[str, Race]:
     """Time 2000 x 64 with more threads than most machines have cores, against one thread."""
     inputs = Inputs.random(SHAPES["2000x64"])
-    races = {}
-    for mode in (OURS, STOCK[-1]):
-        step = inputs.optimizer(mode, RULES["sgd"]).step
+    rule, races = RULES["sgd"], {}
+    for mode in (rule.ours, rule.rivals[-1]):
+        step = inputs.optimizer(mode, rule).step
         races[mode.name] = settings.race(Runner(step, 1), Runner(step, MANY_THREADS))
         settings.tick()
     return races
