@@ -11,7 +11,7 @@ import torch
 
 from fastsgd.bench import report
 from fastsgd.bench.contest import Settings
-from fastsgd.bench.measure import Effort
+from fastsgd.bench.measure import Effort, frozen
 from fastsgd.bench.opponents import found
 from fastsgd.bench.rules import RULES
 from fastsgd.bench.schedule import SECTIONS, Plan, run
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(report.heading())
         plan, effort = plan_of(options), effort_of(options)
-        with tqdm(unit="race", leave=False, disable=None) as bar:
+        with frozen(), tqdm(unit="race", leave=False, disable=None) as bar:
             settings = Settings(torch.get_num_threads(), effort, bar.update)
             bar.reset(plan.races(settings))
             results = run(plan, settings, bar.write)

@@ -140,3 +140,16 @@ def undisturbed() -> Iterator[None]:
         torch.set_num_threads(threads)
         if collects:
             gc.enable()
+
+
+@contextmanager
+def frozen() -> Iterator[None]:
+    """Leave what is there already out of garbage collections: one before each race took longest."""
+    import torch._dynamo  # noqa: F401 - a lot of objects, which the first optimizer would import
+
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
