@@ -91,7 +91,7 @@ def rules_of(shape: str, options: argparse.Namespace) -> list[str]:
 
 def effort_of(options: argparse.Namespace) -> Effort:
     """How long a race is: a row's seconds are shared by six races, which is how many SGD has."""
-    seconds = options.seconds_per_case or (0.6 if options.quick else 6.0)
+    seconds = options.seconds_per_case or (0.6 if options.quick else 4.0)
     return Effort(seconds / 6, pairs=3 if options.quick else 9)
 
 
@@ -115,7 +115,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seconds-per-case",
         type=seconds,
         metavar="SECONDS",
-        help="a row of the table takes at least this long, large shapes longer (6; quick 0.6)",
+        help="a row of the table takes at least this long, large shapes longer (4; quick 0.6)",
     )
     return parser.parse_args(argv)
 

@@ -1,6 +1,6 @@
 """Is the result right? Looked at before any time is taken, on the inputs that are then timed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -14,8 +14,9 @@ from fastsgd.bench.rules import Mode, Rule
 CHECK_STEPS = 3
 # So large that a parameter that was not stepped is seen, in bfloat16 too.
 CHECK_LR = 0.1
-# Elements that are compared at a time, to stay in cache.
-PIECE = 1 << 18
+# Elements that are stepped or compared at a time. Their temporaries, 64 kB in float64, are below
+# what malloc asks the kernel for each time anew, whose page faults took most of a large row.
+PIECE = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,25 @@ def reference(inputs: Inputs, rule: Rule) -> list[Tensor]:
     """
     bits = rule.exact and inputs.shape.dtype == torch.float32
     dtype = torch.float32 if bits else torch.float64
-    return [
-        stepped(p.to(dtype, copy=True), g.to(dtype), rule)
-        for p, g in zip(inputs.parameters, inputs.gradients, strict=True)
-    ]
+    truth = [p.to(dtype, copy=True) for p in inputs.parameters]
+    for tensors in zip(truth, inputs.gradients, strict=True):
+        for parameter, gradient in pieces(tensors):
+            make_steps(parameter, gradient.to(dtype), rule)
+    return truth
 
 
-def stepped(start: Tensor, gradient: Tensor, rule: Rule) -> Tensor:
-    """One parameter after the checked steps, alone, so that no other's states take memory."""
-    parameter = torch.nn.Parameter(start)
+def pieces(tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one size, a piece of each at a time: temporaries are small, and reused."""
+    return zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True)
+
+
+def make_steps(parameter: Tensor, gradient: Tensor, rule: Rule) -> None:
+    """The checked steps of one parameter, in place."""
     parameter.grad = gradient
-    optimizer: Optimizer = rule.stock([parameter], lr=CHECK_LR, foreach=False, **rule.options)
+    optimizer = rule.stock([parameter], lr=CHECK_LR, foreach=False, **rule.options)
     for _ in range(CHECK_STEPS):
         optimizer.step()
-    return parameter.detach()
+    parameter.grad = None
 
 
 def checked(
@@ -85,7 +91,7 @@ def judged(starts: Sequence[Tensor], truth: Sequence[Tensor], results: Sequence[
     """The verdict on all parameters."""
     wrong, identical = 0, True
     for tensors in zip(starts, truth, results, strict=True):
-        for start, true, result in zip(*(t.view(-1).split(PIECE) for t in tensors), strict=True):
+        for start, true, result in pieces(tensors):
             if not torch.equal(result.to(true.dtype), true):
                 identical = False
                 wrong += wrong_elements(start, true, result)
