@@ -1,6 +1,7 @@
 """Is the result right? Looked at before any time is taken, on the inputs that are then timed."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -14,8 +15,9 @@ from fastsgd.bench.rules import Mode, Rule
 CHECK_STEPS = 3
 # So large that a parameter that was not stepped is seen, in bfloat16 too.
 CHECK_LR = 0.1
-# Elements that are stepped or compared at a time. Their temporaries, 64 kB in float64, are below
-# what malloc asks the kernel for each time anew, whose page faults took most of a large row.
+# Elements that are stepped or compared at a time, on one thread. Temporaries, 64 kB in float64, are
+# below what malloc asks the kernel for each time anew: page faults would take most of the time, and
+# so would waiting for a second thread that does little.
 PIECE = 1 << 13
 
 
@@ -41,10 +43,22 @@ def reference(inputs: Inputs, rule: Rule) -> list[Tensor]:
     bits = rule.exact and inputs.shape.dtype == torch.float32
     dtype = torch.float32 if bits else torch.float64
     truth = [p.to(dtype, copy=True) for p in inputs.parameters]
-    for tensors in zip(truth, inputs.gradients, strict=True):
-        for parameter, gradient in pieces(tensors):
-            make_steps(parameter, gradient.to(dtype), rule)
+    with threads_set_to(1):
+        for tensors in zip(truth, inputs.gradients, strict=True):
+            for parameter, gradient in pieces(tensors):
+                make_steps(parameter, gradient.to(dtype), rule)
     return truth
+
+
+@contextmanager
+def threads_set_to(count: int) -> Iterator[None]:
+    """So many threads inside, and as many as before after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pieces(tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, ...]]:
@@ -74,15 +88,12 @@ def checked(
         threads: The thread counts that it will be timed at; the checked steps take turns.
     """
     optimizer = inputs.optimizer(mode, rule, CHECK_LR)
-    before = torch.get_num_threads()
-    try:
-        for count in islice(cycle(threads), CHECK_STEPS):
-            torch.set_num_threads(count)
+    for count in islice(cycle(threads), CHECK_STEPS):
+        with threads_set_to(count):
             optimizer.step()
-    finally:
-        torch.set_num_threads(before)
     results = [p.detach() for p in parameters_of(optimizer)]
-    verdict = judged(inputs.parameters, truth, results)
+    with threads_set_to(1):
+        verdict = judged(inputs.parameters, truth, results)
     set_options(optimizer, rule.timed)
     return optimizer, verdict
 
