@@ -93,6 +93,11 @@ const GroupOptions& OptionReader::read(PyObject* group, std::size_t number) {
   options.params = params_.needed_in(group);
   seen.hypers.resize(hyper_keys_.size());
   options.readable = read_flag(maximize_.needed_in(group), options.maximize);
+  // A group of a checkpoint may say so, and stock then computes some scalars in another way.
+  if (PyObject* differentiable = differentiable_.optional_in(group)) {
+    bool differentiates = false;
+    options.readable &= read_flag(differentiable, differentiates) && !differentiates;
+  }
   bool constant = true;
   for (std::size_t i = 0; i < hyper_keys_.size(); ++i) {
     const Read read = read_hyper(hyper_keys_[i].needed_in(group), rule_.hypers[i], seen.hypers[i],

@@ -67,8 +67,8 @@ class OptionReader {
   Read read_number(PyObject* object, Hyper::Kind kind, Seen& seen, Number& number);
 
   const Rule& rule_;
-  DictKey params_{"params"}, maximize_{"maximize"}, grad_scale_{"grad_scale"},
-      found_inf_{"found_inf"};
+  DictKey params_{"params"}, maximize_{"maximize"}, differentiable_{"differentiable"},
+      grad_scale_{"grad_scale"}, found_inf_{"found_inf"};
   std::vector<DictKey> hyper_keys_;
   std::vector<GroupSeen> seen_;
 };
