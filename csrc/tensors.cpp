@@ -94,6 +94,12 @@ void check_counter(Place place, const c10::TensorImpl& counter) {
       ": its state 'step' is an inference tensor. Inplace update to inference tensor outside "
       "InferenceMode is not allowed. You can make a clone to get a normal tensor before "
       "doing inplace update.");
+  TORCH_CHECK(!is_plain(counter) || static_cast<std::int64_t>(counter.storage().nbytes()) >=
+                                        (counter.storage_offset() + 1) *
+                                            static_cast<std::int64_t>(counter.itemsize()),
+              at_place(place), ": the storage of its state 'step' holds ",
+              counter.storage().nbytes(),
+              " bytes, too few for one number. Was it freed or resized?");
 }
 
 void storage_too_small(Place place, const Structure& structure, int stream,
