@@ -9,6 +9,7 @@
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/sub.h>
 #include <Python.h>
+#include <c10/util/Exception.h>
 #include <torch/csrc/Exceptions.h>
 
 #include <cmath>
@@ -67,6 +68,9 @@ Number pow(const Number& base, double exponent) {
                                     : "(34, 'Numerical result out of range')");
     throw python_error();
   }
+  // Python's result is complex, which no tensor of real numbers takes.
+  TORCH_CHECK(!(base.value < 0 && std::isnan(power)), base.value, " to the power of ", exponent,
+              " is no real number. Is a parameter's step negative, or a beta greater than 1?");
   return power;
 }
 
