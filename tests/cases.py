@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ LARGER = (1023, 1024, 1025, 4095, 4097, 16383, 16385, 65535, 65537)
 HUGE = 300_001  # several chunks, several threads
 
 
+Options = Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Row:
     """An optimizer under test.
@@ -33,39 +37,102 @@ class Row:
         ours: The class under test.
         stock: The class that it replaces.
         options: Every combination of options that means something.
-        plain: Options that leave no state.
+        plain: Options that leave the fewest states.
         rich: Options that use every state and every term of the rule.
-        states: Names of the states that ``rich`` makes.
+        states: Names of the states of the parameter's shape that ``rich`` makes.
+        plain_states: Names of those that ``plain`` makes.
+        structures: Options for each set of states there is, ``plain`` first and ``rich`` last.
+        structural: Names of the options that decide which states there are.
         bad: Options that stock refuses.
+        edits: Changes to a group's options between steps, in this order; the first follow on
+            ``rich`` where the rule counts, else on ``plain``.
+        counts: There is a state ``step``, and the rule computes with it. Where the step of a
+            parameter is counted, all of its states are made at once, or stock misses one.
+        eager: The states are made with the optimizer.
+        sparse: Options with which stock takes sparse grads.
+        sparse_error: What stock says of a sparse grad where it takes none.
+        squares: The rule squares grads, in single precision for half types.
     """
 
     name: str
     ours: type
     stock: type
-    options: tuple[Mapping[str, Any], ...]
-    plain: Mapping[str, Any]
-    rich: Mapping[str, Any]
+    options: tuple[Options, ...]
+    plain: Options
+    rich: Options
     states: tuple[str, ...]
-    bad: tuple[Mapping[str, Any], ...] = field(default=())
+    plain_states: tuple[str, ...] = ()
+    structures: tuple[Options, ...] = ()
+    structural: tuple[str, ...] = ()
+    bad: tuple[Options, ...] = ()
+    edits: tuple[Options, ...] = ()
+    counts: bool = True
+    eager: bool = False
+    sparse: tuple[Options, ...] = ()
+    sparse_error: str = ""
+    squares: bool = True
 
     def __repr__(self) -> str:
         """Return the name, for test ids."""
         return self.name
 
+    def takes(self, *names: str) -> bool:
+        """Whether the constructor has these options."""
+        return set(names) <= inspect.signature(self.stock).parameters.keys()
 
-def sgd_options() -> Iterator[dict[str, Any]]:
-    """Every combination of SGD's options that its constructor takes."""
-    momenta: tuple[dict[str, Any], ...] = (
-        {},
-        {"dampening": 0.3},
-        {"momentum": 0.9},
-        {"momentum": 0.9, "dampening": 0.3},
-        {"momentum": 0.9, "nesterov": True},
-    )
-    decays: tuple[dict[str, Any], ...] = ({}, {"weight_decay": 0.1})
-    signs: tuple[dict[str, Any], ...] = ({}, {"maximize": True})
-    rates: tuple[dict[str, Any], ...] = ({"lr": 0.07}, {"lr": torch.tensor(0.07)})
-    for parts in itertools.product(momenta, decays, signs, rates):
+    @property
+    def middle(self) -> Options:
+        """Options between ``plain`` and ``rich``, where there are any."""
+        return self.structures[len(self.structures) // 2]
+
+    @property
+    def fused(self) -> dict[str, Any]:
+        """The flag ``fused``, where there is one."""
+        return {"fused": True} if self.takes("fused") else {}
+
+    @property
+    def off(self) -> dict[str, Any]:
+        """Changes that make ``plain`` of ``rich`` in a group."""
+        return {key: type(value)(self.plain.get(key, 0)) for key, value in self.rich.items()}
+
+    def derived(self, derive: Callable[[type], type]) -> Row:
+        """Return the row of two classes that ``derive`` makes of these."""
+        return replace(self, ours=derive(self.ours), stock=derive(self.stock))
+
+
+Choices = tuple[Options, ...]
+SIGNS: Choices = ({}, {"maximize": True})
+DECAYS: Choices = ({}, {"weight_decay": 0.1})
+RATES: Choices = ({"lr": 0.07}, {"lr": torch.tensor(0.07)})
+# What every constructor refuses.
+BAD: Choices = (
+    {"lr": -0.1},
+    {"lr": "0.1"},
+    {"lr": torch.tensor([0.1, 0.2])},
+    {"lr": torch.tensor(-0.1)},
+    {"weight_decay": -1},
+    {"weight_decay": [0.1]},
+    {"nonsense": 1},
+)
+FUSED: Choices = ({"foreach": True, "fused": True}, {"differentiable": True, "fused": True})
+# What may be done to the options of a group of every optimizer.
+EDITS: Choices = (
+    {"weight_decay": 0.1},
+    {"maximize": True},
+    {"maximize": False, "lr": 1},
+    {"lr": 0.1, "maximize": 0},
+    {"weight_decay": torch.tensor(0.2)},
+    {"lr": torch.tensor([0.05]), "weight_decay": 0},
+    {"lr": torch.tensor(0.05, dtype=torch.float64), "weight_decay": 0.3},
+    {"weight_decay": -0.1, "lr": -0.01},
+    {"lr": 0.02, "weight_decay": 0.0, "foreach": True, "fused": False},
+    {"foreach": None, "fused": None, "unknown": "kept"},
+)
+
+
+def product(*choices: Choices) -> Iterator[dict[str, Any]]:
+    """Every combination of one choice of each."""
+    for parts in itertools.product(*choices):
         yield {k: v for part in parts for k, v in part.items()}
 
 
@@ -73,42 +140,258 @@ SGD = Row(
     "SGD",
     fastsgd.SGD,
     torch.optim.SGD,
-    options=tuple(sgd_options()),
+    options=tuple(
+        product(
+            (
+                {},
+                {"dampening": 0.3},
+                {"momentum": 0.9},
+                {"momentum": 0.9, "dampening": 0.3},
+                {"momentum": 0.9, "nesterov": True},
+            ),
+            DECAYS,
+            SIGNS,
+            RATES,
+        )
+    ),
     plain={"lr": 0.07},
     rich={"lr": 0.07, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
     states=("momentum_buffer",),
+    structures=(
+        {"lr": 0.07},
+        {"lr": 0.07, "momentum": 0.9, "dampening": 0.3},
+        {"lr": 0.07, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
+    ),
+    structural=("momentum",),
     bad=(
-        {"lr": -0.1},
-        {"lr": "0.1"},
-        {"lr": torch.tensor([0.1, 0.2])},
-        {"lr": torch.tensor(-0.1)},
+        *BAD,
+        *FUSED,
         {"momentum": -0.5},
         {"momentum": None},
-        {"weight_decay": -1},
-        {"weight_decay": [0.1]},
         {"nesterov": True},
         {"nesterov": True, "momentum": 0},
         {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
-        {"foreach": True, "fused": True},
-        {"differentiable": True, "fused": True},
         {"betas": (0.9, 0.999)},
     ),
+    edits=(
+        {"momentum": 0.9},
+        {"nesterov": True},
+        {"nesterov": False, "dampening": 0.2},
+        {"momentum": 0.0},
+        {"momentum": 0.5, "maximize": False},
+        {"lr": 1, "momentum": True, "dampening": 0},
+        {"lr": 0.1, "nesterov": 1, "momentum": 0.7, "maximize": 0},
+        {"momentum": torch.tensor(0.6), "weight_decay": torch.tensor(0.2)},
+        {"momentum": torch.tensor(0.6, dtype=torch.float64), "dampening": torch.tensor(0.1)},
+        {"lr": torch.tensor([0.05]), "momentum": 0.9, "dampening": 2.0, "nesterov": True},
+        {"momentum": -0.5, "weight_decay": -0.1, "lr": -0.01},
+        *EDITS,
+    ),
+    counts=False,
+    sparse=(
+        {"lr": 0.07},
+        {"lr": 0.1, "momentum": 0.9},
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+        {"lr": 0.1, "maximize": True},
+    ),
+    squares=False,
 )
 
-OPTIMIZERS = (SGD,)
+
+def tensors(*values: float) -> tuple[Tensor, ...]:
+    """Return a float32 tensor for each."""
+    return tuple(torch.tensor(value) for value in values)
+
+
+AMSGRAD: Choices = ({}, {"amsgrad": True})
+# Stock interpolates towards the gradient in one of two ways, according to 1 - beta1: both, and at
+# the border. A large eps shows where it is added.
+BETAS: Choices = (
+    {"betas": (0.5, 0.9)},
+    {"betas": (0.3, 0.99), "eps": 0.1},
+    {"betas": tensors(0.9, 0.999)},
+    {"betas": tensors(0.3, 0.99), "lr": torch.tensor(0.07)},
+    {"betas": (0.0, 0.5)},
+)
+ADAM_BAD: Choices = (
+    *BAD,
+    *FUSED,
+    {"eps": -1e-8},
+    {"betas": (1.0, 0.9)},
+    {"betas": (0.9, -0.1)},
+    {"betas": (0.9, torch.tensor(0.9))},
+    {"betas": (torch.tensor([0.9, 0.8]), torch.tensor(0.9))},
+    {"betas": 0.9},
+    {"lr": torch.tensor(0.1), "foreach": True},
+    {"betas": tensors(0.9, 0.99), "foreach": True},
+    {"momentum": 0.9},
+)
+ADAM_EDITS: Choices = (
+    {"amsgrad": False},
+    {"betas": (0.5, 0.9), "eps": 0.1},
+    {"betas": [0.3, 0.99], "amsgrad": 1},
+    {"betas": tensors(0.6, 0.7)},
+    {"betas": (torch.tensor([0.6]), torch.tensor([0.7]))},
+    {"betas": (0, 0), "eps": 1, "decoupled_weight_decay": True},
+    {"betas": (0.9, 0.999), "eps": 1e-8, "decoupled_weight_decay": False},
+    {"decoupled_weight_decay": 1},
+    *EDITS,
+)
+ADAM_SPARSE = "Adam does not support sparse gradients, please consider SparseAdam instead"
+
+ADAM = Row(
+    "Adam",
+    fastsgd.Adam,
+    torch.optim.Adam,
+    options=(
+        *product(
+            AMSGRAD,
+            (*DECAYS, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+            SIGNS,
+            RATES,
+        ),
+        *product(AMSGRAD, DECAYS, RATES[:1], BETAS),
+    ),
+    plain={"lr": 0.07},
+    rich={"lr": 0.07, "weight_decay": 0.1, "amsgrad": True},
+    states=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    plain_states=("exp_avg", "exp_avg_sq"),
+    structures=({"lr": 0.07}, {"lr": 0.07, "weight_decay": 0.1, "amsgrad": True}),
+    structural=("amsgrad",),
+    bad=ADAM_BAD,
+    edits=ADAM_EDITS,
+    sparse_error=ADAM_SPARSE,
+)
+
+ADAMW = replace(
+    ADAM,
+    name="AdamW",
+    ours=fastsgd.AdamW,
+    stock=torch.optim.AdamW,
+    options=(
+        *product(AMSGRAD, ({}, {"weight_decay": 0.1}, {"weight_decay": 0}), SIGNS, RATES),
+        *product(AMSGRAD, RATES[:1], BETAS),
+    ),
+    bad=(*ADAM_BAD, {"decoupled_weight_decay": False}),
+)
+
+RMSPROP = Row(
+    "RMSprop",
+    fastsgd.RMSprop,
+    torch.optim.RMSprop,
+    options=(
+        *product(({}, {"momentum": 0.9}), ({}, {"centered": True}), DECAYS, SIGNS, RATES),
+        *product(
+            ({}, {"momentum": 0.9}),
+            ({}, {"centered": True}),
+            ({"alpha": 0.4, "eps": 0.1}, {"alpha": 0.5}),
+            RATES[:1],
+        ),
+    ),
+    plain={"lr": 0.07},
+    rich={"lr": 0.07, "momentum": 0.9, "centered": True, "weight_decay": 0.1},
+    states=("square_avg", "momentum_buffer", "grad_avg"),
+    plain_states=("square_avg",),
+    structures=(
+        {"lr": 0.07},
+        {"lr": 0.07, "centered": True},
+        {"lr": 0.07, "momentum": 0.9},
+        {"lr": 0.07, "momentum": 0.9, "centered": True, "weight_decay": 0.1},
+    ),
+    structural=("momentum", "centered"),
+    bad=(
+        *BAD,
+        {"eps": -1e-8},
+        {"alpha": -0.1},
+        {"momentum": -0.5},
+        {"momentum": None},
+        {"fused": True},
+        {"betas": (0.9, 0.999)},
+    ),
+    edits=(
+        {"momentum": 0.0},
+        {"momentum": 0.5, "centered": False},
+        {"centered": 1, "alpha": 0.3},
+        {"alpha": 1, "eps": 1},
+        {"alpha": 0.9, "eps": 1e-3, "momentum": True},
+        {"momentum": 0.9},
+        *EDITS,
+    ),
+    sparse_error="RMSprop does not support sparse gradients",
+)
+
+ADAGRAD = Row(
+    "Adagrad",
+    fastsgd.Adagrad,
+    torch.optim.Adagrad,
+    options=(
+        *product(
+            ({}, {"lr_decay": 0.1}), ({}, {"initial_accumulator_value": 0.3}), DECAYS, SIGNS, RATES
+        ),
+        {"lr": 0.07, "eps": 0.1},
+        {"lr": 0.07, "lr_decay": 2, "initial_accumulator_value": 1},
+    ),
+    plain={"lr": 0.07},
+    rich={"lr": 0.07, "lr_decay": 0.1, "initial_accumulator_value": 0.3, "weight_decay": 0.1},
+    states=("sum",),
+    plain_states=("sum",),
+    structures=(
+        {"lr": 0.07},
+        {"lr": 0.07, "lr_decay": 0.1, "initial_accumulator_value": 0.3, "weight_decay": 0.1},
+    ),
+    bad=(
+        *BAD,
+        *FUSED,
+        {"eps": -1e-8},
+        {"lr_decay": -0.1},
+        {"lr_decay": None},
+        {"initial_accumulator_value": -0.1},
+        {"momentum": 0.9},
+    ),
+    edits=(
+        {"lr_decay": 1},
+        {"lr_decay": 0.3, "eps": 0.1},
+        {"eps": 1},
+        {"initial_accumulator_value": 7.0, "eps": 1e-10},
+        *EDITS,
+    ),
+    eager=True,
+    sparse=({"lr": 0.07}, {"lr": 0.1, "lr_decay": 0.1}, {"lr": 0.1, "maximize": True}),
+)
+
+OPTIMIZERS = (SGD, ADAM, ADAMW, RMSPROP, ADAGRAD)
 
 
 def label(options: Mapping[str, Any]) -> str:
     """Return a short test id for options."""
     words = []
     for key, value in options.items():
-        words.append(f"{key}=tensor" if isinstance(value, Tensor) else f"{key}={value}")
+        pair = isinstance(value, tuple) and isinstance(value[0], Tensor)
+        shown = "tensor" if isinstance(value, Tensor) else value
+        words.append(f"{key}=tensors{[v.item() for v in value]}" if pair else f"{key}={shown}")
     return ",".join(words) or "default"
 
 
 # Every optimizer with every combination of its options.
 COMBINATIONS = [(row, options) for row in OPTIMIZERS for options in row.options]
 COMBINATION_IDS = [f"{row.name}-{label(options)}" for row, options in COMBINATIONS]
+
+
+FLAGS: Choices = ({}, {"fused": True}, {"foreach": True})
+
+
+def flagged(*flags: Options, rows: tuple[Row, ...] = OPTIMIZERS) -> dict[str, Any]:
+    """Return what parametrizes a test with every optimizer and those of the flags it takes."""
+    found = [(row, each) for row in rows for each in flags or FLAGS if row.takes(*each)]
+    ids = [f"{row.name}-{label(each)}" for row, each in found]
+    return {"argnames": ("row", "flags"), "argvalues": found, "ids": ids}
+
+
+# By what stock does with sparse grads.
+TAKE_SPARSE = tuple(row for row in OPTIMIZERS if row.sparse)
+REFUSE_SPARSE = tuple(row for row in OPTIMIZERS if not row.sparse)
+
+TAKE_FUSED = tuple(row for row in OPTIMIZERS if row.fused)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Fixtures of every test: a seed, and torch's global settings put back."""
+"""Fixtures of every test: a seed, exact square roots, torch's global settings put back."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import OPTIMIZERS, Row, devices
+from oracle import exact_roots
 
 
 @pytest.fixture(autouse=True)
 def settings() -> Iterator[None]:
-    """Seed before a test; after it put back threads, default dtype and grad mode."""
+    """Seed before a test, which sees exact roots; after it put back threads and default dtype."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.manual_seed(0)
-    yield
+    with exact_roots():
+        yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
     assert torch.is_grad_enabled(), "the test or a step left gradients switched off"

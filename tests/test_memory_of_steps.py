@@ -12,7 +12,7 @@ from cases import Row
 from oracle import all_params
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from twins import Twins, parameters
+from twins import Twins, fresh_states, parameters
 
 SHAPES = ((17,), (3, 5), (64,), (5,), (33,))
 
@@ -26,7 +26,7 @@ Edit = Callable[[Optimizer, Any, Row], None]
 
 
 def fresh(row: Row, o: Optimizer, p: Any) -> dict[str, Any]:
-    return {name: torch.randn_like(p.detach()) for name in row.states}
+    return fresh_states(row, p)
 
 
 def by_item(o: Optimizer, p: Any, row: Row) -> None:
@@ -44,10 +44,10 @@ def by_or(o: Optimizer, p: Any, row: Row) -> None:
 
 def by_pop(o: Optimizer, p: Any, row: Row) -> None:
     new = fresh(row, o, p)
-    for name in row.states:
+    for name in new:
         o.state[p].pop(name)
-    for name in row.states:
-        o.state[p].setdefault(name, new[name])
+    for name, value in new.items():
+        o.state[p].setdefault(name, value)
 
 
 def by_clear(o: Optimizer, p: Any, row: Row) -> None:
@@ -79,18 +79,18 @@ def by_exchanging(o: Optimizer, p: Any, row: Row) -> None:
 
 
 def by_swapping_tensors(o: Optimizer, p: Any, row: Row) -> None:
-    for name in row.states:
-        torch.utils.swap_tensors(o.state[p][name], torch.randn_like(p.detach()))
+    for name in o.state[p]:
+        torch.utils.swap_tensors(o.state[p][name], fresh_states(row, p)[name])
 
 
 def by_data(o: Optimizer, p: Any, row: Row) -> None:
-    for name in row.states:
-        o.state[p][name].data = torch.randn_like(p.detach())
+    for name in o.state[p]:
+        o.state[p][name].data = fresh_states(row, p)[name]
 
 
 def by_set(o: Optimizer, p: Any, row: Row) -> None:
-    for name in row.states:
-        o.state[p][name].set_(torch.randn_like(p.detach()))
+    for name in o.state[p]:
+        o.state[p][name].set_(fresh_states(row, p)[name])
 
 
 def by_transposing(o: Optimizer, p: Any, row: Row) -> None:
@@ -120,7 +120,8 @@ def by_another_kind_of_dict(o: Optimizer, p: Any, row: Row) -> None:
 
 
 def by_none(o: Optimizer, p: Any, row: Row) -> None:
-    for name in row.states:
+    """Where states are not counted in steps, None is none."""
+    for name in () if row.counts else row.states:
         o.state[p][name] = None
 
 
@@ -149,9 +150,8 @@ def test_states_come_back_to_another_parameter(row: Row) -> None:
     twins = Twins(row, parameters((17,), (17,), (17,)), **row.rich)
     twins.run(3)
     for options in (row.plain, row.rich):
-        off = {key: type(row.rich[key])(row.plain.get(key, 0)) for key in row.rich}
         for o in twins.sides:
-            o.param_groups[0].update(off if options is row.plain else row.rich)
+            o.param_groups[0].update(row.off if options is row.plain else row.rich)
             o.param_groups[0]["params"].reverse()
             o.param_groups[0]["params"].insert(0, o.param_groups[0]["params"].pop())
         twins.run(2)

@@ -12,7 +12,7 @@ from cases import DTYPES, EXACT, HALVES, OPTIMIZERS, Row
 from oracle import Float64Step, all_params, assert_equal, strides
 from torch import Tensor
 from torch.nn import Parameter
-from twins import Twins, check_state
+from twins import Twins, check_state, fresh_states
 
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
@@ -89,7 +89,20 @@ def sgd_group(draw: Any) -> dict[str, Any]:
     return options
 
 
-GROUPS = {"SGD": sgd_group}
+@st.composite
+def other_group(draw: Any, row: Row) -> dict[str, Any]:
+    """The same, from the combinations of the row."""
+    options = dict(draw(st.sampled_from(row.options)))
+    if not isinstance(options["lr"], Tensor):
+        options["lr"] = draw(st.sampled_from([0.0, 1e-3, 0.07, 1.0]))
+    options["weight_decay"] = draw(st.sampled_from([0, 0, 0.1, 2]))
+    options["maximize"] = draw(st.booleans())
+    return options
+
+
+def group(row: Row) -> Any:
+    """Options of a group."""
+    return sgd_group() if row.name == "SGD" else other_group(row)
 
 
 @st.composite
@@ -107,7 +120,7 @@ def test_shapes_strides_and_options(row: Row, data: Any) -> None:
     """Groups of any options over parameters and grads of any layout, three steps."""
     groups = data.draw(
         st.lists(
-            st.tuples(GROUPS[row.name](), st.lists(tensors(), min_size=1, max_size=4)),
+            st.tuples(group(row), st.lists(tensors(), min_size=1, max_size=4)),
             min_size=1,
             max_size=3,
         )
@@ -167,7 +180,7 @@ class History(RuleBasedStateMachine):
     @initialize(data=st.data())
     def make(self, data: Any) -> None:
         """Build both."""
-        options = data.draw(GROUPS[self.optimizer.name]())
+        options = data.draw(group(self.optimizer))
         kinds = data.draw(st.lists(tensors(), min_size=1, max_size=4))
         flags = data.draw(st.sampled_from([{}, {}, {"fused": True}, {"foreach": True}]))
 
@@ -290,7 +303,10 @@ class History(RuleBasedStateMachine):
     @rule(data=st.data())
     def change_options(self, data: Any) -> None:
         """Options of a group."""
-        options = data.draw(GROUPS[self.optimizer.name]())
+        options = data.draw(group(self.optimizer))
+        if self.optimizer.counts:  # what was turned on later would lack a state
+            for name in self.optimizer.structural:
+                options.pop(name, None)
         which = data.draw(st.integers(0, 5))
         for optimizer in self.twins.sides:
             groups = optimizer.param_groups
@@ -300,7 +316,7 @@ class History(RuleBasedStateMachine):
     @rule(data=st.data())
     def add_group(self, data: Any) -> None:
         """One more group."""
-        options = data.draw(GROUPS[self.optimizer.name]())
+        options = data.draw(group(self.optimizer))
         kinds = data.draw(st.lists(tensors(), min_size=1, max_size=2))
 
         def add(optimizer: Any) -> None:
@@ -331,13 +347,14 @@ class History(RuleBasedStateMachine):
             p = params[which % len(params)]
             if p not in optimizer.state:
                 return
+            fresh = fresh_states(self.optimizer, p)
             for name, value in list(optimizer.state[p].items()):
                 if how == "delete":
                     optimizer.state.pop(p, None)
                 elif how == "none":
-                    optimizer.state[p][name] = None
+                    optimizer.state[p][name] = value if self.optimizer.counts else None
                 elif how == "assign":
-                    optimizer.state[p][name] = torch.randn_like(p, requires_grad=False)
+                    optimizer.state[p][name] = fresh[name]
                 elif value is not None:
                     optimizer.state[p][name] = value.clone(memory_format=torch.contiguous_format)
 
@@ -387,7 +404,10 @@ class History(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 8))
     def cast(self, which: int) -> None:
-        """float32 to float64 and back, as ``model.to`` does: parameter and grad, not the state."""
+        """float32 to float64 and back, as ``model.to`` does: parameter and grad, not the state.
+
+        The state too where stock may ask for one dtype of all.
+        """
 
         def to(optimizer: Any) -> None:
             params = all_params(optimizer)
@@ -398,6 +418,9 @@ class History(RuleBasedStateMachine):
                 p.grad = None
                 p.data = p.data.to(other)
                 p.grad = None if grad is None else grad.to(other)
+                if self.optimizer.counts and p in optimizer.state:
+                    for name in optimizer.state[p].keys() - {"step"}:
+                        optimizer.state[p][name] = optimizer.state[p][name].to(other)
 
         self.twins.each(to)
 
@@ -445,7 +468,6 @@ def test_sharing_comes_and_goes(
 ) -> None:
     """Tensors large enough for several threads begin and cease to share memory between steps."""
     was = torch.get_num_threads()
-    neutral = {k: 0 for k in row.rich if k not in row.plain}
     try:
         torch.set_num_threads(1)
         twins = Twins(row, lambda: [Parameter(torch.randn(70_000)) for _ in range(4)], **row.rich)
@@ -469,7 +491,7 @@ def test_sharing_comes_and_goes(
                 elif act == "own memory":
                     p.data = torch.randn_like(p)
                 else:
-                    optimizer.param_groups[0].update({**neutral, **getattr(row, chosen)})
+                    optimizer.param_groups[0].update(row.off if chosen == "plain" else row.rich)
 
             twins.each(do)
             for _ in range(2):

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, EXACT, HALVES, ORDINARY_SHAPES, Row
+from cases import DTYPES, EXACT, HALVES, ORDINARY_SHAPES, TAKE_FUSED, Row, flagged
 from oracle import Float64Step, all_params, assert_equal
 from torch import Tensor
 from twins import Twins, check_state, parameters, random_grad
 
 SCALE = 1024.0
-FLAGS: list[dict[str, Any]] = [{}, {"fused": True}, {"foreach": True}]
+fused = pytest.mark.parametrize("row", TAKE_FUSED, ids=repr)
 # For each step: does it overflow?
 HISTORIES = {
     "never": [0, 0, 0, 0],
@@ -73,7 +73,7 @@ class Scaled:
 
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("history", HISTORIES)
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize(**flagged())
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_trajectories(
     row: Row, dtype: torch.dtype, flags: Any, history: str, unscale: bool
@@ -94,7 +94,7 @@ def test_trajectories(
 
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("overflow", [False, True])
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize(**flagged())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_grads_after_the_step(
     row: Row, dtype: torch.dtype, flags: Any, overflow: bool, unscale: bool
@@ -121,6 +121,7 @@ def test_grads_after_the_step(
     assert_equal(*left)
 
 
+@fused
 @pytest.mark.parametrize("scale", [3.0, 1000.0, 65536.0, 0.1])
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_scales_that_are_no_power_of_two(row: Row, dtype: torch.dtype, scale: float) -> None:
@@ -149,7 +150,7 @@ def test_scales_that_are_no_power_of_two(row: Row, dtype: torch.dtype, scale: fl
             assert_equal(p.detach(), q.detach())
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize(**flagged())
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("history", HISTORIES)
 def test_halves(row: Row, dtype: torch.dtype, flags: Any, history: str) -> None:
@@ -188,7 +189,7 @@ def test_fp16_grads_without_fused(row: Row) -> None:
         scaler.step(optimizer)
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize(**flagged())
 def test_mixed_dtypes_and_groups(row: Row, flags: Any) -> None:
     """float32 and float64 in groups of their own, an overflow in one of them stops both."""
 
@@ -205,7 +206,7 @@ def test_mixed_dtypes_and_groups(row: Row, flags: Any) -> None:
         scaled.check(grads=not (overflow and flags.get("fused")))
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize(**flagged())
 def test_late_grads(row: Row, flags: Any) -> None:
     """A parameter whose first grad comes after an overflow or after the first step."""
     scaled = Scaled(Twins(row, parameters((70,), (5,), (17, 3)), **row.rich, **flags))
@@ -220,7 +221,7 @@ def test_late_grads(row: Row, flags: Any) -> None:
             assert_equal(p.detach(), q.detach())
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize(**flagged())
 def test_hooks_on_overflow(row: Row, flags: Any) -> None:
     """As in stock, an overflow step runs the hooks of a fused optimizer only; never twice."""
     counts = []
@@ -242,6 +243,7 @@ def test_hooks_on_overflow(row: Row, flags: Any) -> None:
     assert counts[0] == counts[1]
 
 
+@fused
 def test_scaler_leaves_no_attributes(row: Row) -> None:
     """``grad_scale`` and ``found_inf`` are gone after the step; a step without is plain."""
     twins = Twins(row, parameters((70,)), **row.rich, fused=True)
@@ -252,6 +254,7 @@ def test_scaler_leaves_no_attributes(row: Row) -> None:
     twins.run(2)
 
 
+@fused
 def test_grad_scale_set_by_the_user(row: Row) -> None:
     """A factor that the user put on the optimizer is multiplied in, as the scaler documents."""
     scale = 8.0
@@ -275,7 +278,7 @@ def test_grad_scale_set_by_the_user(row: Row) -> None:
 def test_attributes_without_a_scaler(row: Row) -> None:
     """``found_inf`` and ``grad_scale`` set by hand are honoured by a plain call of step."""
     torch.manual_seed(0)
-    ours = row.ours(parameters((70,))(), **row.rich, fused=True)
+    ours = row.ours(parameters((70,))(), **row.rich, **row.fused)
     (p,) = all_params(ours)
     p.grad = torch.full_like(p, 4.0)
     before = p.detach().clone()
@@ -292,6 +295,7 @@ def test_attributes_without_a_scaler(row: Row) -> None:
     assert_equal(p.detach(), all_params(twin)[0].detach())
 
 
+@fused
 def test_disabled_scaler(row: Row) -> None:
     """``GradScaler(enabled=False)`` just steps."""
     twins = Twins(row, parameters((70,)), **row.rich, fused=True)
@@ -305,7 +309,7 @@ def test_disabled_scaler(row: Row) -> None:
 
 def test_scaler_over_layouts(row: Row) -> None:
     """Grads with gaps and foreign strides are unscaled in place, and nothing beside them."""
-    for flags in FLAGS:
+    for flags in ({}, row.fused, {"foreach": True}):
         torch.manual_seed(0)
         memory = torch.full((40, 99), 7.0)
         p = torch.nn.Parameter(torch.randn(99, 40).t()[:, :33])
@@ -331,7 +335,7 @@ def test_scaler_over_layouts(row: Row) -> None:
 def test_training_loop_with_autocast(row: Row) -> None:
     """A model under autocast, scaler, clipping: the same losses as stock."""
     losses = []
-    for cls, more in ((row.ours, {"fused": True}), (row.ours, {}), (row.stock, {"foreach": False})):
+    for cls, more in ((row.ours, row.fused), (row.ours, {}), (row.stock, {"foreach": False})):
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(33, 65), torch.nn.ReLU(), torch.nn.Linear(65, 3))
         optimizer = cls(net.parameters(), **{**row.rich, "lr": 1e-4}, **more)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, HUGE, LAYOUTS, ORDINARY_SHAPES, Layout, Row
+from cases import DTYPES, HUGE, LAYOUTS, ORDINARY_SHAPES, Layout, Row, flagged
 from oracle import all_params, assert_equal
 from torch import Tensor
 from torch.nn import Parameter
@@ -117,7 +117,7 @@ def seen(grad: Tensor | None, version: int | None, counted: bool) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize(**flagged())
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_as_stock(row: Row, kind: str, flags: Any, set_to_none: bool) -> None:
     """What is in ``.grad`` afterwards, and in the tensors that were there, is what stock leaves."""

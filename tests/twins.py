@@ -6,9 +6,14 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 from oracle import all_params, assert_equal, one_thread, strides
+from snapshot import Snapshot
 from torch import Tensor
+
+# What a group may have on one side only.
+FLAGS = {"params", "foreach", "fused", "capturable"}
 
 Build = Callable[[], Sequence[Any]]
 
@@ -63,6 +68,29 @@ class Twins:
         with one_thread():
             self.stock.step()
 
+    def step_if_allowed(self, *, halfway: bool = False) -> bool:
+        """Step both. Where stock refuses, ours does too, and has written nothing.
+
+        Unless it is stock's own code that refuses ours, ``halfway``.
+
+        Returns:
+            Whether both stepped.
+        """
+        with one_thread():
+            try:
+                self.stock.step()
+            except Exception as error:  # noqa: BLE001
+                refused: type[Exception] = type(error)
+            else:
+                self.ours.step()
+                return True
+        snapshot = Snapshot(self.ours)
+        with pytest.raises(refused):
+            self.ours.step()
+        if not halfway:
+            snapshot.assert_unchanged()
+        return False
+
     def run(self, steps: int = 3, make: Callable[[Tensor], Tensor | None] | None = None) -> Twins:
         """Give grads, step, compare; ``steps`` times."""
         for _ in range(steps):
@@ -88,7 +116,7 @@ class Twins:
                 check_state(self.ours.state[p], self.stock.state[q])
         assert len(self.ours.state) == len(self.stock.state)
         for group, other in zip(self.ours.param_groups, self.stock.param_groups, strict=True):
-            for key in (group.keys() | other.keys()) - {"params", "foreach", "fused"}:
+            for key in (group.keys() | other.keys()) - FLAGS:
                 mine, theirs = group[key], other[key]
                 same = torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
                 assert same, f"{key}: {mine} is not {theirs}"
@@ -104,6 +132,17 @@ def check_state(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
             assert not mine[key].requires_grad
         elif value is None:
             assert mine[key] is None
+
+
+def fresh_states(row: Any, p: Tensor) -> dict[str, Tensor]:
+    """Return random states for a parameter, such as steps might have left.
+
+    A centered variance needs an average of squares that is no less than the average's square.
+    """
+    states = {"step": torch.tensor(3.0)} if row.counts else {}
+    for name in row.states:
+        states[name] = torch.rand_like(p, requires_grad=False) * 0.25 + 0.25
+    return states
 
 
 def random_grad(p: Tensor) -> Tensor:
