@@ -1,4 +1,4 @@
-"""The state ``step``, which counts a parameter's steps: what it is, and what may have become of it."""
+"""The state ``step``, which counts a parameter's steps: what it is, and what else it may be."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -69,14 +70,30 @@ def state_strides(
     return {key: strides(value) for key, value in optimizer.state.get(p, {}).items()}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+LARGE = 10_000
+
+
+def layouts() -> Iterator[tuple[Row, Layout, torch.dtype]]:
+    """Every layout for every optimizer and dtype.
+
+    But large ones are about how work is divided, which no rule knows: one optimizer shows all of
+    it, and the others with the narrowest type and the one that is not converted.
+    """
+    for row, layout, dtype in itertools.product(OPTIMIZERS, LAYOUTS, DTYPES):
+        thorough = row is OPTIMIZERS[0] or layout.size < LARGE
+        if thorough or dtype in (torch.float32, torch.bfloat16):
+            yield row, layout, dtype
+
+
+@pytest.mark.parametrize(("row", "layout", "dtype"), layouts(), ids=str)
 def test_layout(row: Row, layout: Layout, dtype: torch.dtype) -> None:
     """Right numbers, right strides of states, unharmed canaries and grads."""
     if dtype in HALVES and "negated" in layout.name:
         pytest.skip("lazy negations take stock's path, with stock's rounding of half types")
     sets = option_sets(row)
-    for options in sets if layout.size < 10_000 else [sets[0], sets[-1]]:
+    if layout.size >= LARGE:
+        sets = sets[-1:] if row.counts else [sets[0], sets[-1]]
+    for options in sets:
         memories: list[Tensor] = []
 
         def build(memories: list[Tensor] = memories) -> list[Tensor]:
@@ -90,7 +107,7 @@ def test_layout(row: Row, layout: Layout, dtype: torch.dtype) -> None:
         expected_strides = state_strides(row, layout, dtype, options)
         canaries = ~touched(ours, mine)
         before = mine.clone()
-        for _ in range(3 if layout.size < 10_000 else 2):
+        for _ in range(3 if layout.size < LARGE else 2):
             grad = random_grad(torch.empty(ours.shape, dtype=dtype))
             ours.grad, stocks.grad = layout.grad(grad), not_expanded(layout.grad(grad))
             kept = ours.grad.clone()

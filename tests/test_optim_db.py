@@ -47,6 +47,12 @@ def test_every_optimizer_is_there() -> None:
     assert len(INPUTS) >= 5 * len(OPTIMIZERS)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """The networks are too small for more."""
+    torch.set_num_threads(1)
+
+
 def problem(dtype: torch.dtype = DTYPE) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
     """Return a small network, inputs and targets."""
     torch.manual_seed(1)

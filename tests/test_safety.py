@@ -429,7 +429,8 @@ FORK = """
     import os, signal, sys, torch
     from cases import OPTIMIZERS
     from oracle import assert_equal, all_params, exact_roots
-    exact_roots().__enter__()
+    mended = exact_roots()  # for as long as it is held
+    mended.__enter__()
     torch.set_num_threads(2)  # no more than the machine has, or nothing is parallel
 
     def make(cls, row, **more):
