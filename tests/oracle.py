@@ -162,7 +162,8 @@ class Float64Step:
                 options[flag] = False
             self.groups.append((options, group["params"]))
             for p in group["params"]:
-                own = {k: _copy(v) for k, v in optimizer.state.get(p, {}).items()}
+                known = optimizer.state.get(p) or _filled(optimizer, p)
+                own = {k: _copy(v) for k, v in known.items()}
                 self.inputs.append((p, {"param": _copy(p), "grad": _copy(p.grad), **own}))
         self.exact, twins = self.step()
         self.twins = [(p, q) for (p, _), q in zip(self.inputs, twins, strict=True)]
@@ -220,6 +221,14 @@ class Float64Step:
             for key, value in self.optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor) and value.dtype in HALVES and key != "step":
                     yield value, exact.state[q][key]
+
+
+def _filled(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor]:
+    """Return a state that is filled with a number when it is made, and so rounds the number."""
+    fill = optimizer.defaults.get("initial_accumulator_value")
+    if fill is None:
+        return {}
+    return {"step": torch.zeros(()), "sum": torch.full_like(p.detach(), fill)}
 
 
 def _copy(value: Any) -> Any:
