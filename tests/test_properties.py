@@ -27,7 +27,7 @@ from hypothesis.stateful import (  # noqa: E402
 )
 
 BOUNDED = settings(
-    max_examples=60,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     database=None,
@@ -452,7 +452,7 @@ class History(RuleBasedStateMachine):
 def test_histories(row: Row) -> None:
     """Run the machine."""
     machine = type(f"{row.name}History", (History,), {"optimizer": row})
-    bounds = settings(BOUNDED, max_examples=40, stateful_step_count=30)
+    bounds = settings(BOUNDED, max_examples=60, stateful_step_count=30)
     run_state_machine_as_test(machine, settings=bounds)
 
 

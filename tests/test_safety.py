@@ -253,7 +253,7 @@ def test_versions(row: Row, dtype: torch.dtype) -> None:
     for p in moving:
         p.grad = random_grad(p)
     for _ in range(3):
-        states = [v for own in optimizer.state.values() for v in own.values()]
+        states = [v for p in moving for v in optimizer.state.get(p, {}).values()]
         before = [t._version for t in (*moving, *states)]
         grads = [p.grad._version for p in moving]
         optimizer.step()
