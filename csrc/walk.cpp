@@ -215,7 +215,10 @@ bool Walker::plan_first(Place place, Group& group, Subject& subject, const State
   moment.first = !rule_.counts;
   if (rule_.counts) {
     at::Tensor& counter = creation.value[subject.streams - kState] = new_counter(group.dict);
-    plan_.counters().read(*counter.unsafeGetTensorImpl(), moment.step);
+    if (!plan_.counters().read(*counter.unsafeGetTensorImpl(), moment.step)) {
+      states_.create_no_more();  // made in inference mode: torch knows when it may be written
+      return false;
+    }
   }
   if (!plan_.add_creating(update_of(group, moment), place, subject, creation.value)) {
     states_.create_no_more();
