@@ -429,12 +429,14 @@ def test_optimizers_applied_in_backward(row: Row) -> None:
 
 
 def test_graphs_of_a_compiled_function(row: Row) -> None:
-    """A function that steps between two computations breaks no more than with stock, and runs.
+    """A function that steps between two computations breaks no more than with stock.
 
-    Stock's step is a graph of its own there; ours is left to the kernels.
+    Stock's step is a graph of its own there, in which Adam computes its corrections in single
+    precision. Ours is left to the kernels, so the numbers are those of stock uncompiled.
     """
     found, results = [], []
-    for cls, more in ((row.ours, {}), (row.stock, {"foreach": False})):
+    stock = (row.stock, {"foreach": False})
+    for (cls, more), backend in (((row.ours, {}), "eager"), (stock, "eager"), (stock, None)):
         torch.manual_seed(1)
         net = nn.Linear(33, 17)
         optimizer = cls(net.parameters(), **row.rich, **more)
@@ -448,15 +450,15 @@ def test_graphs_of_a_compiled_function(row: Row) -> None:
 
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        compiled = torch.compile(train, backend="eager")
+        run = train if backend is None else torch.compile(train, backend=backend)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            results.append([compiled(torch.full((5, 33), 0.1 * step)) for step in range(4)])
+            results.append([run(torch.full((5, 33), 0.1 * step)) for step in range(4)])
         counters = torch._dynamo.utils.counters
         found.append((sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]))
     torch._dynamo.reset()
     assert found[0][0] <= found[1][0] and 0 < found[0][1] <= found[1][1], found
-    torch.testing.assert_close(*results)  # a traced root is torch's own
+    assert_equal(results[0], results[2])
 
 
 # Memory.
