@@ -220,11 +220,16 @@ def sharded_network(**options: Any) -> nn.Module:
 
 
 def train_shards() -> None:
-    """Worker: shards of full and of mixed precision, clipped every other time."""
+    """Worker: shards, replicated shards, and mixed precision, clipped every other time."""
+    options: tuple[dict[str, Any], ...] = (
+        {},
+        {"mesh": init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicas", "shards"))},
+        {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
+    )
     with each_row() as rows, exact_roots_of_shards():
         for row in rows:
-            for precision in (torch.float32, torch.bfloat16):
-                net = sharded_network(mp_policy=MixedPrecisionPolicy(param_dtype=precision))
+            for chosen in options:
+                net = sharded_network(**chosen)
                 both = Shards(row, list(net.parameters()), **row.rich)
                 for step in range(4):
                     both.ours.zero_grad()
