@@ -35,10 +35,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -299,6 +299,79 @@ def train_on_several_meshes() -> None:
 def test_several_meshes(tmp_path: Path) -> None:
     """Meshes of one and of two dimensions, shards, replicas and ordinary tensors together."""
     workers.run(train_on_several_meshes, tmp_path)
+
+
+def train_with_grads_placed_otherwise() -> None:
+    """Worker: grads, or states, that lie in other ways than their parameters."""
+    flat = init_device_mesh("cpu", (2,))
+    first, second, whole, sums = Shard(0), Shard(1), Replicate(), Partial()
+    # The placement of a parameter, and of its grads.
+    kinds = [(first, whole), (whole, first), (first, second), (whole, sums), (first, sums)]
+    with each_row() as rows, exact_roots_of_shards():
+        for row in rows:
+            for options in (row.plain, row.rich):
+                for mine, theirs in kinds:
+                    outcomes = [
+                        outcome(cls, {**options, **more}, flat, mine, theirs)
+                        for cls, more in ((row.ours, {}), (row.stock, {"foreach": False}))
+                    ]
+                    assert type(outcomes[0]) is type(outcomes[1]), outcomes
+                    if isinstance(outcomes[0], list):
+                        assert_equal(*outcomes)
+
+
+def outcome(cls: type, options: dict[str, Any], mesh: Any, mine: Any, theirs: Any) -> Any:
+    """Return all values after three steps, whole; or what was raised."""
+    torch.manual_seed(7)
+    params = [distribute_tensor(torch.randn(s), mesh, [mine]) for s in ((33, 18), (5, 2))]
+    params = [Parameter(p) for p in params]
+    optimizer = cls(params, **options)
+    for step in range(3):
+        for p in params:
+            torch.manual_seed(70 + step + dist.get_rank() * isinstance(theirs, Partial))
+            shard = torch.randn(p.shape)
+            p.grad = (
+                DTensor.from_local(shard, mesh, [theirs], run_check=False)
+                if isinstance(theirs, Partial)
+                else distribute_tensor(shard, mesh, [theirs])
+            )
+        try:
+            optimizer.step()
+        except Exception as refused:  # noqa: BLE001
+            return refused
+    values = params + [v for state in optimizer.state.values() for v in state.values()]
+    return [v.full_tensor() if isinstance(v, DTensor) else v for v in map(Tensor.detach, values)]
+
+
+def test_grads_placed_otherwise(tmp_path: Path) -> None:
+    """A grad that is whole where its parameter is sharded, and so on: what stock makes of it."""
+    workers.run(train_with_grads_placed_otherwise, tmp_path)
+
+
+def train_on_a_mesh_each() -> None:
+    """Worker: parameters on meshes of one process each; a process is no part of the other's."""
+    meshes = [DeviceMesh("cpu", [0]), DeviceMesh("cpu", [1])]
+    with each_row() as rows, exact_roots_of_shards():
+        for row in rows:
+            finals = []
+            for cls, options in sides(row):
+                torch.manual_seed(8)
+                params = [
+                    Parameter(DTensor.from_local(torch.randn(33, 5), mesh, [Shard(0)]))
+                    for mesh in meshes
+                ]
+                optimizer = cls(params, **options)
+                for _ in range(3):
+                    for p, mesh in zip(params, meshes, strict=True):
+                        p.grad = DTensor.from_local(torch.randn(33, 5), mesh, [Shard(0)])
+                    optimizer.step()
+                finals.append([local(p.detach()) for p in params])
+            assert_equal(*finals)
+
+
+def test_a_mesh_each(tmp_path: Path) -> None:
+    """Meshes that this process is no part of."""
+    workers.run(train_on_a_mesh_each, tmp_path)
 
 
 def operators_of(act: Callable[[], Any]) -> list[str]:
