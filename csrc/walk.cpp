@@ -2,6 +2,7 @@
 
 #include <ATen/record_function.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/forward_grad.h>
 
 #include <algorithm>
 #include <type_traits>
@@ -389,6 +390,7 @@ bool Walker::step(PyObject* optimizer) {
   bool differentiates = false;
   if (differentiable != nullptr && !read_flag(differentiable, differentiates)) return false;
   if (differentiates || c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
+  if (torch::autograd::ForwardADLevel::try_get_by_idx(0)) return false;  // tangents move too
   scaling_ = options_.read_scaling(attributes);
   if (!scaling_.readable) return false;
   if (scaling_.skip) return true;

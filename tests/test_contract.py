@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ import isolated
 import pytest
 import torch
 import torch._dynamo
-from cases import EXACT, ORDINARY_SHAPES, Row
+from cases import EXACT, OPTIMIZERS, ORDINARY_SHAPES, Row
 from oracle import all_params, assert_equal
-from rows import ROWS, exact_roots
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import Parameter
@@ -25,20 +24,6 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 from twins import Twins, parameters
 
 BUILD = parameters(*ORDINARY_SHAPES)
-
-
-# These two go with rows.py.
-@pytest.fixture(params=ROWS, ids=repr)
-def row(request: pytest.FixtureRequest) -> Row:
-    """Every optimizer."""
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def roots() -> Iterator[None]:
-    """Exact square roots."""
-    with exact_roots():
-        yield
 
 
 def options_of(row: Row) -> set[str]:
@@ -90,14 +75,14 @@ class Trainings:
 
 def test_relations_of_classes() -> None:
     """Each of ours is what its stock class is, and no stock class is one of ours."""
-    for one in ROWS:
-        for other in ROWS:
+    for one in OPTIMIZERS:
+        for other in OPTIMIZERS:
             related = issubclass(one.stock, other.stock)
             assert issubclass(one.ours, other.stock) == related
             assert issubclass(one.ours, other.ours) == related
             assert not issubclass(one.stock, other.ours)
-    names = {row.name for row in ROWS}
-    assert {"Adam", "AdamW"} <= names and len(names) == len(ROWS)
+    names = {row.name for row in OPTIMIZERS}
+    assert {"Adam", "AdamW"} <= names and len(names) == len(OPTIMIZERS)
 
 
 @pytest.mark.parametrize("how", ["super", "base_by_name", "from_scratch"])
@@ -334,7 +319,6 @@ def test_model_converted_with_its_parameters_kept(row: Row, swap: bool) -> None:
     assert next(both.nets[0].parameters()).dtype == torch.float64
 
 
-@pytest.mark.xfail(strict=True, reason="tangents of grads are lost")
 def test_forward_mode(row: Row) -> None:
     """Inside a level of forward-mode AD a grad's tangent goes into the parameter, as in stock."""
     tangents = []
@@ -393,8 +377,8 @@ def test_stepped_by_another_process() -> None:
         """
         import torch
         from torch import multiprocessing
-        from oracle import all_params
-        from rows import ROWS, exact_roots
+        from cases import OPTIMIZERS
+        from oracle import all_params, exact_roots
         from twins import Twins, parameters
 
         def steps(optimizer, count):
@@ -402,7 +386,7 @@ def test_stepped_by_another_process() -> None:
                 for _ in range(count):
                     optimizer.step()
 
-        for row in ROWS:
+        for row in OPTIMIZERS:
             twins = Twins(row, parameters((33, 17), (70,)), **row.rich)
             twins.grads()
             for optimizer in twins.sides:
@@ -490,7 +474,7 @@ def test_thousands_of_optimizers(row: Row) -> None:
         f"""
         import copy, ctypes, gc
         import torch
-        from rows import ROWS
+        from cases import OPTIMIZERS
 
         class Use(ctypes.Structure):
             names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
@@ -504,7 +488,7 @@ def test_thousands_of_optimizers(row: Row) -> None:
             use = mallinfo()
             return use.uordblks + use.hblkhd
 
-        row = ROWS[{ROWS.index(row)}]
+        row = OPTIMIZERS[{OPTIMIZERS.index(row)}]
 
         def live():
             params = [torch.nn.Parameter(torch.ones(n)) for n in (1, 7, 33)]

@@ -44,7 +44,7 @@ def start(module: str, name: str, store: str, arguments: Any, world: int) -> Non
 def _work(rank: int, module: str, name: str, store: str, arguments: Any, world: int) -> None:
     import torch
     import torch.distributed as dist
-    from rows import exact_roots
+    from oracle import exact_roots
 
     torch.set_num_threads(1)
     dist.init_process_group(
