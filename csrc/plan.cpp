@@ -3,7 +3,6 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
-#include <ATen/ops/full_like.h>
 #include <ATen/ops/neg.h>
 #include <Python.h>
 
@@ -32,7 +31,9 @@ at::Tensor new_state(const Update& update, c10::TensorImpl& param, c10::TensorIm
     return at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&tensor));
   };
   if (update.new_state == NewState::kFilled) {
-    return at::full_like(of(param), update.fill, at::TensorOptions().requires_grad(false));
+    at::Tensor state = at::empty_like(of(param), at::TensorOptions().requires_grad(false));
+    fill(state.mutable_data_ptr(), state.numel(), *storage_type(param), update.fill);
+    return state;
   }
   const at::Tensor g = of(grad);
   const bool alike = grad.is_contiguous() && grad.strides() == param.strides();

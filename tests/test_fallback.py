@@ -467,41 +467,6 @@ def test_under_a_dispatch_mode(row: Row) -> None:
         twins.check()
 
 
-def test_distributed_tensor(row: Row) -> None:
-    """DTensor parameters: stock's operators do the work."""
-    if not torch.distributed.is_available():
-        pytest.skip("torch was built without distributed")
-    isolated.run(
-        f"""
-        import os, torch, torch.distributed as dist
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.tensor import distribute_tensor, Shard
-        from cases import OPTIMIZERS
-        from oracle import assert_equal, exact_roots
-
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        mesh = init_device_mesh("cpu", (1,))
-        row = OPTIMIZERS[{OPTIMIZERS.index(row)}]
-        finals = []
-        for cls, more in ((row.ours, {{}}), (row.stock, {{"foreach": False}})):
-            torch.manual_seed(0)
-            p = torch.nn.Parameter(distribute_tensor(torch.randn(40, 5), mesh, [Shard(0)]))
-            q = torch.nn.Parameter(torch.randn(70))
-            optimizer = cls([p, q], **row.rich, **more)
-            for _ in range(3):
-                p.grad = distribute_tensor(torch.randn(40, 5), mesh, [Shard(0)])
-                q.grad = torch.randn(70)
-                with exact_roots():
-                    optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
-            finals.append([p.detach().to_local(), q.detach()])
-        assert_equal(*finals)
-        dist.destroy_process_group()
-        os._exit(0)  # threads of gloo may outlive the interpreter's end
-        """
-    )
-
-
 # torch.compile.
 
 

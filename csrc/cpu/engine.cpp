@@ -2,6 +2,8 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 #include <pthread.h>
 #include <sched.h>
 
@@ -108,6 +110,30 @@ void watch_forks() {
 }
 
 int threads() { return forked.load(std::memory_order_relaxed) ? 1 : at::get_num_threads(); }
+
+void fill(void* memory, std::int64_t count, Storage type, double value) {
+  const auto fill_with = [&](auto item) {
+    auto* items = static_cast<decltype(item)*>(memory);
+    const int team = threads();
+    if (team == 1 || count * static_cast<std::int64_t>(sizeof(item)) < worth_a_region(team)) {
+      std::fill_n(items, count, item);
+      return;
+    }
+    at::parallel_for(0, team, 1, [&](std::int64_t begin, std::int64_t end) {
+      std::fill(items + count * begin / team, items + count * end / team, item);
+    });
+  };
+  switch (type) {
+    case Storage::kFloat:
+      return fill_with(static_cast<float>(value));
+    case Storage::kDouble:
+      return fill_with(value);
+    case Storage::kBFloat16:
+      return fill_with(at::BFloat16(static_cast<float>(value)));
+    case Storage::kHalf:
+      return fill_with(at::Half(static_cast<float>(value)));
+  }
+}
 
 void zero(const Row&, const Run* run, std::int64_t runs) {
   for (const Run* end = run + runs; run != end; ++run) {

@@ -37,6 +37,9 @@ int threads();
 // Lets threads() know of forks from now on. To be called once, before anything could fork.
 void watch_forks();
 
+// Sets new memory to a value; on several threads where it is long, as its pages are made then.
+void fill(void* memory, std::int64_t count, Storage type, double value);
+
 // A kernel that sets its first stream to zero, for elements of one byte.
 void zero(const Row& row, const Run* run, std::int64_t runs);
 
