@@ -9,6 +9,8 @@ namespace fastsgd {
 // A stretch of memory that holds everything a stream reaches: [begin, end).
 struct Range {
   std::uintptr_t begin, end;
+
+  friend bool operator==(const Range&, const Range&) = default;
 };
 
 // Whether any of `writes` meets another of them or any of `reads`. Sorts `writes`.

@@ -74,6 +74,9 @@ OptionReader::Read OptionReader::read_number(PyObject* object, Hyper::Kind kind,
     if (number.value == -1 && PyErr_Occurred()) throw python_error();
   } else {
     if (kind == Hyper::kNumber || !read_scalar_tensor(object, number)) return Read::kNot;
+    const at::Tensor& tensor = tensor_of(object);
+    const auto address = reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr());
+    tensors_.push_back({address, address + tensor.itemsize()});
     const bool single = number.dtype == static_cast<std::int64_t>(at::kFloat);
     return kind == Hyper::kNumberOrTensor || single ? Read::kMutable : Read::kNot;
   }

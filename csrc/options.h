@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "alias.h"
 #include "pydict.h"
 #include "rule.h"
 #include "tensors.h"
@@ -44,6 +45,11 @@ class OptionReader {
  public:
   explicit OptionReader(const Rule& rule);
 
+  // Forgets what the last walk has read.
+  void begin() { tensors_.clear(); }
+  // The memory of the tensors that options were read from since.
+  const std::vector<Range>& tensors() const { return tensors_; }
+
   // The options of a group; good until the next is read.
   const GroupOptions& read(PyObject* group, std::size_t number);
   Scaling read_scaling(PyObject* attributes);
@@ -71,6 +77,7 @@ class OptionReader {
       grad_scale_{"grad_scale"}, found_inf_{"found_inf"};
   std::vector<DictKey> hyper_keys_;
   std::vector<GroupSeen> seen_;
+  std::vector<Range> tensors_;
 };
 
 // The truth of an object that has no code of its own for it; false is returned for any other

@@ -56,6 +56,7 @@ void Plan::begin() {
   used_ = owners_used_ = layouts_used_ = 0;
   bytes_ = 0;
   counters_.begin();
+  scalars_.clear();
   spans_.clear();
   span_kernel_ = nullptr;
   rows_.clear();
@@ -209,6 +210,7 @@ void Plan::collect_ranges() {
   writes_.clear();
   reads_.clear();
   counters_.collect(writes_);
+  reads_.insert(reads_.end(), scalars_.begin(), scalars_.end());
   for (const Span& span : spans_) {
     for (std::int64_t r = span.first; r < span.end; ++r) {
       const Run& run = runs_[static_cast<std::size_t>(r)];
@@ -224,11 +226,12 @@ void Plan::collect_ranges() {
 }
 
 bool Plan::ordered() {
-  moved_ |= counters_.moved();
+  moved_ |= counters_.moved() || scalars_ != scalars_for_;
   if (moved_ || used_ != ordered_for_) {
     collect_ranges();
     ordered_ = any_meet(writes_, reads_);
     ordered_for_ = used_;
+    scalars_for_ = scalars_;
     moved_ = false;
   }
   return ordered_;

@@ -58,6 +58,9 @@ class Plan {
   // Adds a gradient to set to zero; false if its memory has gaps or is not plain.
   bool add_zero(const at::Tensor& grad);
 
+  // Notes memory that the scalars were read from.
+  void note_scalars(const std::vector<Range>& ranges) { scalars_ = ranges; }
+
   // Whether memory that one parameter's update writes is used by another's, so that order counts.
   // While no stream has moved the last step's answer holds.
   bool ordered();
@@ -133,6 +136,7 @@ class Plan {
   bool ordered_ = false;
   std::size_t ordered_for_ = 0;  // so many runs
   std::vector<Range> writes_, reads_;
+  std::vector<Range> scalars_, scalars_for_;  // at this step; those that the answer is for
 
   bool retaining_ = false;
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> retained_;

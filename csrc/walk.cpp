@@ -303,6 +303,7 @@ void Walker::plan_group(Group& group, std::size_t& number) {
 bool Walker::plan_groups(PyObject* groups) {
   strangers_met_ = 0;
   made_.clear();
+  options_.begin();
   std::size_t number = 0;  // of a parameter, counted over all groups
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
     PyObject* dict = PyList_GET_ITEM(groups, g);
@@ -407,9 +408,12 @@ bool Walker::step(PyObject* optimizer) {
     routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
   }
   // Duplicates and overlaps run in order. But where stock must take a part, or one parameter is to
-  // get its first state twice, or count two steps, only stock knows the order: it takes all. So it
-  // does where what it takes shares memory with what it does not.
-  if (plan_.ordered() && (!routes_.empty() || states_.creates() || rule_.counts)) {
+  // get its first state twice, or count two steps, or where an option is a tensor (which may lie in
+  // a parameter), only stock knows the order: it takes all. So it does where what it takes shares
+  // memory with what it does not.
+  plan_.note_scalars(options_.tensors());
+  if (plan_.ordered() &&
+      (!routes_.empty() || states_.creates() || rule_.counts || !options_.tensors().empty())) {
     return all_to_stock();
   }
   if (!left_.empty() && plan_.meets(left_)) return all_to_stock();

@@ -8,10 +8,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import isolated
 import pytest
 import torch
-from cases import EXACT, OPTIMIZERS, ORDINARY_SHAPES, REFUSE_SPARSE, TAKE_SPARSE, Row, flagged
+from cases import EXACT, ORDINARY_SHAPES, REFUSE_SPARSE, TAKE_SPARSE, Row, flagged
 from oracle import all_params, assert_equal, stock_roots
 from snapshot import Snapshot
 from torch import Tensor, nn
@@ -465,6 +464,28 @@ def test_under_a_dispatch_mode(row: Row) -> None:
         with Counting():
             twins.step()
         twins.check()
+
+
+@pytest.mark.parametrize("where", ["parameter", "counter"])
+def test_option_in_written_memory(row: Row, where: str) -> None:
+    """An lr that the step itself changes is read when stock reads it."""
+    if where == "counter" and not row.counts:
+        pytest.skip("counts no steps")
+    finals = []
+    for cls, more in ((row.ours, {}), (row.stock, {"foreach": False})):
+        params = [Parameter(torch.full((n,), 0.5)) for n in (33, 17)]
+        optimizer = cls(params, **{**row.plain, **more})
+        for step in range(3):
+            for p in params:
+                p.grad = torch.full_like(p, 2.0 + step)
+            if step == 1:
+                lr = params[0].detach()[3] if where == "parameter" else None
+                optimizer.param_groups[0]["lr"] = (
+                    optimizer.state[params[0]]["step"] if lr is None else lr
+                )
+            optimizer.step()
+        finals.append([p.detach() for p in params])
+    assert_equal(*finals)
 
 
 # torch.compile.
