@@ -46,20 +46,23 @@ void LocalShards::learn(PyObject* object) {
   type = candidate;
 }
 
-bool Shards::compare(PyObject* const* specs, int count) {
+bool Shards::alike(Seen& seen) {
   int kind = kMixed;
   bool all_known = true, all_alike = true;
-  for (int i = 0; i < count; ++i) {
-    const auto known = kinds_.find(specs[i]);
+  for (int i = 0; i < seen.count; ++i) {
+    PyObject* spec = seen.spec[i];
+    const auto known = kinds_.find(spec);
     if (known == kinds_.end()) {
-      if (specs[i] != nullptr) unknown_.push_back(Ref::borrow(specs[i]));
+      if (spec != nullptr) unknown_.push_back(Ref::borrow(spec));
       all_known = false;
       continue;
     }
     if (i == 0) kind = known->second.second;
     all_alike &= known->second.second == kind;
   }
-  return all_known && all_alike && kind != kMixed;
+  const bool alike = all_known && all_alike && kind != kMixed;
+  seen.epoch = alike ? epoch_ : 0;
+  return alike;
 }
 
 std::vector<at::Tensor>* Shards::made_for(PyObject* param, const Structure& structure, NewState how,

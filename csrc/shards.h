@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "prefetch.h"
 #include "pydict.h"
 #include "pytensor.h"
 #include "rule.h"
@@ -23,7 +24,9 @@ struct PlainTensors {
 
 // DTensors whose shard is a plain tensor.
 struct LocalShards {
-  static bool is(PyObject* object) { return is_distributed(object) && exact_tensor(shard(object)); }
+  [[gnu::always_inline]] static bool is(PyObject* object) {
+    return is_distributed(object) && exact_tensor(shard(object));
+  }
   static c10::TensorImpl* memory(PyObject* object) { return impl_of(shard(object)); }
 
   // A DTensor, and no subclass. False until learn() was told of one.
@@ -48,29 +51,45 @@ struct LocalShards {
 // What one optimizer knows of its DTensors.
 class Shards {
  public:
-  // The specs of a parameter's streams at the last step, all of them alike.
+  // A parameter's streams at the last step: their specs, all of them alike; and, to be fetched
+  // ahead of meeting them again, the objects, their shards and the memory's tensors.
   struct Seen {
     std::uint64_t epoch = 0;
     int count = 0;
     PyObject* spec[kMaxStates + 2];
+    const void* stream[kMaxStates + 2];
+    const void* shard[kMaxStates + 2];
+    const void* memory[kMaxStates + 2];
   };
+  static FASTSGD_PREFETCHING void fetch(const Seen& seen) {
+    for (int i = 0; i < seen.count; ++i) {
+      prefetch<2 * kCacheLine>(seen.stream[i]);
+      prefetch(seen.shard[i]);
+      prefetch<sizeof(c10::TensorImpl)>(seen.memory[i]);
+    }
+  }
 
   // Whether a parameter's streams are sharded alike, each element in one place. If that is not
   // known it is false, and noted to be asked.
-  bool alike(PyObject* const* streams, int count, Seen& seen) {
-    bool same = seen.epoch == epoch_ && seen.count == count;
-    seen.count = count;
-    for (int i = 0; i < count; ++i) {
+  template <int kCount>
+  [[gnu::always_inline]] bool alike(PyObject* const (&streams)[kCount], Seen& seen) {
+    bool same = seen.epoch == epoch_ && seen.count == kCount;
+    seen.count = kCount;
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      seen.stream[i] = streams[i];
+      seen.shard[i] = LocalShards::shard(streams[i]);
+      seen.memory[i] = LocalShards::memory(streams[i]);
       PyObject* spec = LocalShards::spec(streams[i]);
-      same &= std::exchange(seen.spec[i], spec) == spec;
+      same &= seen.spec[i] == spec;
+      seen.spec[i] = spec;
     }
     if (same) [[likely]]
       return true;
-    seen.epoch = 0;
-    if (!compare(seen.spec, count)) return false;
-    seen.epoch = epoch_;
-    return true;
+    return alike(seen);
   }
+  // The same of what was seen.
+  bool alike(Seen& seen);
 
   // New states for a parameter that were made for this step, DTensors all; null if there are none,
   // which is noted.
@@ -97,7 +116,6 @@ class Shards {
   };
   static constexpr int kMixed = -1;  // summed over processes, say: only DTensor's operators know
 
-  bool compare(PyObject* const* specs, int count);
   int classify(PyObject* spec);
 
   std::uint64_t epoch_ = 1;  // of kinds_

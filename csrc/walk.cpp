@@ -147,7 +147,7 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
   if constexpr (kDistributed) {
     PyObject* streams[kState + kStates] = {param, grad_object};
     std::copy_n(path.states.value, kStates, streams + kState);
-    if (!shards_.alike(streams, kState + kStates, *seen)) return false;
+    if (!shards_.alike(streams, *seen)) return false;
   }
   Moment moment;
   if constexpr (kCounts) {
@@ -172,6 +172,7 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
 template <int kStates, bool kCounts>
 bool Walker::plan_shard(Group& group, Py_ssize_t index, PyObject* param, std::size_t number) {
   if (shards_seen_.size() < paths_.size()) shards_seen_.resize(paths_.size());
+  Shards::fetch(shards_seen_[number + kAhead]);
   return plan_param<LocalShards, kStates, kCounts>(group, index, param, paths_[number],
                                                    &shards_seen_[number]);
 }
@@ -197,7 +198,9 @@ bool Walker::plan_first_shard(Place place, Group& group, Subject& subject, const
   for (std::size_t i = 0; i < made->size(); ++i) {
     streams[static_cast<std::size_t>(kState) + i] = object_of(*(*made)[i].unsafeGetTensorImpl());
   }
-  if (!shards_.alike(streams, subject.streams, seen)) return false;
+  seen.count = subject.streams;
+  for (int s = 0; s < subject.streams; ++s) seen.spec[s] = LocalShards::spec(streams[s]);
+  if (!shards_.alike(seen)) return false;
   for (int s = kState; s < subject.streams; ++s) {
     subject.tensor[s] = LocalShards::memory(streams[s]);
   }
