@@ -56,6 +56,7 @@ void Plan::begin() {
   used_ = owners_used_ = layouts_used_ = 0;
   bytes_ = 0;
   counters_.begin();
+  writes_are_own_ = true;
   scalars_.clear();
   spans_.clear();
   span_kernel_ = nullptr;
@@ -130,6 +131,9 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
   run.traits = traits.number;
   runs_[used_] = run;
   moved_ = true;
+  for (int s = 0; s < subject.streams; ++s) {
+    if (written(update, s)) writes_are_own_ &= is_allocated(*owners[s].storage);
+  }
   if (!flat || update.kernels[type] != span_kernel_ || update.row != span_row_) {
     begin_span(update.kernels[type], update.row, flat ? nullptr : &layout, traits);
   }
@@ -226,14 +230,20 @@ void Plan::collect_ranges() {
 }
 
 bool Plan::ordered() {
-  moved_ |= counters_.moved() || scalars_ != scalars_for_;
-  if (moved_ || used_ != ordered_for_) {
+  moved_ |= counters_.moved() || scalars_ != scalars_for_ || used_ != ordered_for_;
+  // New gradients, as each backward makes them, in memory of their own: they cannot meet what is
+  // written, unless that is somebody else's memory.
+  for (const Counters::Counter& counter : counters_.kept()) {
+    writes_are_own_ &= is_allocated(*counter.storage);
+  }
+  const bool may_differ = read_moved_ || (own_read_moved_ && (ordered_ || !writes_are_own_));
+  if (moved_ || may_differ) {
     collect_ranges();
     ordered_ = any_meet(writes_, reads_);
     ordered_for_ = used_;
     scalars_for_ = scalars_;
-    moved_ = false;
   }
+  moved_ = read_moved_ = own_read_moved_ = false;
   return ordered_;
 }
 

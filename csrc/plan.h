@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <cstdint>
 #include <deque>
@@ -115,6 +116,10 @@ class Plan {
   void retain_storages();
   void collect_ranges();
   void bump_versions() const;
+  // Whether a storage's memory is the allocator's, which gives none to two storages at once.
+  bool is_allocated(c10::StorageImpl& storage) const {
+    return storage._mutable_data_ptr_no_checks().get_deleter() == free_;
+  }
 
   // Of the runs, the first `used_` are this step's; likewise of the owners, one for each stream of
   // each run. What follows is left from the last step: it says what to fetch ahead, and whether
@@ -132,8 +137,12 @@ class Plan {
   Counters counters_;
   const Plain plain_ = plain();
 
-  bool moved_ = true;  // a run is another than at the last step
+  // What is another than at the last answer of ordered(): a stream that is written, or the number
+  // of elements; one that is read; one that is read and the only one in memory of its own.
+  bool moved_ = true, read_moved_ = true, own_read_moved_ = true;
   bool ordered_ = false;
+  bool writes_are_own_ = true;  // what this step writes is all in memory that the allocator gave
+  const c10::DeleterFnPtr free_ = c10::GetCPUAllocator()->raw_deleter();
   std::size_t ordered_for_ = 0;  // so many runs
   std::vector<Range> writes_, reads_;
   std::vector<Range> scalars_, scalars_for_;  // at this step; those that the answer is for
@@ -204,8 +213,17 @@ bool Plan::add_usual(const Update& update, const Subject& subject) {
   const Traits traits(kStreams, item_size, update.writes_grad, false);
   bool moved = run.count != count || run.traits != traits.number;
 #pragma GCC unroll 8
-  for (int s = 0; s < kStreams; ++s) moved |= run.stream[s] != stream[s];
+  for (int s = 0; s < kStreams; ++s) {
+    if (s == kGrad && !update.writes_grad) continue;
+    moved |= run.stream[s] != stream[s];
+    writes_are_own_ &= is_allocated(*storage[s]);
+  }
+  moved_ |= moved;
+  moved |= run.stream[kGrad] != stream[kGrad];
   if (moved) [[unlikely]] {
+    const bool own =
+        is_allocated(*storage[kGrad]) && c10::raw::intrusive_ptr::use_count(storage[kGrad]) == 1;
+    (own ? own_read_moved_ : read_moved_) = true;
 #pragma GCC unroll 8
     for (int s = 0; s < kStreams; ++s) {
       for (int t = 0; t < s; ++t) {
@@ -216,7 +234,6 @@ bool Plan::add_usual(const Update& update, const Subject& subject) {
     for (int s = 0; s < kStreams; ++s) run.stream[s] = stream[s];
     run.count = count;
     run.traits = traits.number;
-    moved_ = true;
   }
 #pragma GCC unroll 8
   for (int s = 0; s < kStreams; ++s) owners[s] = {subject.tensor[s], storage[s]};
