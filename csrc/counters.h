@@ -58,8 +58,11 @@ class Counters {
   // Counts on the counter that was read last.
   void keep() { ++used_; }
 
-  // Whether any counter is another than at the last step; asked once a step.
-  bool moved() { return std::exchange(moved_, false); }
+  // Whether the counters are others than when this was last asked, or more of them, or fewer.
+  bool moved() {
+    const bool as_many = std::exchange(used_before_, used_) == used_;
+    return std::exchange(moved_, false) || !as_many;
+  }
 
   void collect(std::vector<Range>& writes) const;
   std::span<const Counter> kept() const { return {counters_.data(), used_}; }
@@ -74,7 +77,7 @@ class Counters {
   }
 
   std::vector<Counter> counters_;
-  std::size_t used_ = 0;
+  std::size_t used_ = 0, used_before_ = 0;
   bool moved_ = true;
   const Plain plain_ = plain();
 };

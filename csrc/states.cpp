@@ -75,6 +75,15 @@ Creation& States::create(const StatesSeen& seen, int structure) {
   return creation;
 }
 
+bool States::creates_twice() const {
+  std::vector<PyObject*> places;
+  for (const Creation& creation : creations_) {
+    places.push_back(creation.states ? creation.states.get() : creation.param.get());
+  }
+  std::sort(places.begin(), places.end());
+  return std::adjacent_find(places.begin(), places.end()) != places.end();
+}
+
 void States::commit() {
   for (std::size_t i = 0; i < creations_.size(); ++i) {
     try {

@@ -79,6 +79,8 @@ class States {
   Creation& create(const StatesSeen& seen, int structure);
   void create_no_more() { creations_.pop_back(); }
   bool creates() const { return !creations_.empty(); }
+  // Whether one place is to get states twice. Their memory does not tell where it has no elements.
+  bool creates_twice() const;
 
   // Enters what is created. If that raises, it is as if nothing had been entered.
   void commit();

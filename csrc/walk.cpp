@@ -419,6 +419,7 @@ bool Walker::step(PyObject* optimizer) {
       (!routes_.empty() || states_.creates() || rule_.counts || !options_.tensors().empty())) {
     return all_to_stock();
   }
+  if (states_.creates_twice()) return all_to_stock();
   if (!left_.empty() && plan_.meets(left_)) return all_to_stock();
   if (!routes_.empty()) return false;
   if (states_.creates()) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -283,6 +284,38 @@ def test_counter_within_a_state_or_a_grad(row: Row) -> None:
         for _ in range(2):
             twins.step()
             twins.check()
+
+
+def test_counter_shared_after_a_step_without_it(row: Row) -> None:
+    """No stream moves, and each counter is where the last, or the one before, was then."""
+    twins = Twins(row, parameters((0,), (33,)), **row.rich)
+    grads: dict[Any, list[Tensor]] = {}
+
+    def step(optimizer: torch.optim.Optimizer, counts: bool) -> None:
+        empty, other = all_params(optimizer)
+        kept = grads.setdefault(optimizer, [torch.randn_like(p) for p in (empty, other)])
+        empty.grad, other.grad = (kept[0] if counts else None), kept[1]
+        optimizer.step()
+
+    for counts in (True, True, False):
+        twins.each(functools.partial(step, counts=counts))
+    for optimizer in twins.sides:
+        empty, other = all_params(optimizer)
+        optimizer.state[empty]["step"] = optimizer.state[other]["step"]
+        grads[optimizer][1].mul_(3)
+    twins.each(functools.partial(step, counts=True))
+    twins.check()
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_counts_an_empty_parameter_twice(row: Row) -> None:
+    """It has no memory that would tell that it stands there twice."""
+    for cls in (row.ours, row.stock):
+        p = Parameter(torch.empty(0, 3))
+        p.grad = torch.empty(0, 3)
+        optimizer = cls([p, p], **row.rich)
+        optimizer.step()
+        assert steps(optimizer) == [2.0]
 
 
 def test_lazily_cloned_counter(row: Row) -> None:
