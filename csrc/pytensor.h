@@ -16,6 +16,11 @@ inline PyObject* checked(PyObject* object) {
 // A Tensor or a Parameter, and no subclass: one that could mean something else by its data.
 inline bool exact_tensor(PyObject* object) { return THPVariable_CheckExact(object); }
 
+// A tensor of whatever class, by its type alone: THPVariable_Check may ask the object, in Python.
+inline bool any_tensor(PyObject* object) {
+  return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0;
+}
+
 inline const at::Tensor& tensor_of(PyObject* object) { return THPVariable_Unpack(object); }
 
 inline c10::TensorImpl* impl_of(PyObject* object) {

@@ -456,7 +456,7 @@ void Walker::leave_to_stock(Place place, PyObject* param) {
   Py_ssize_t position = 0;
   while (states != nullptr && PyDict_Check(states) &&
          PyDict_Next(states, &position, &name, &state)) {
-    if (exact_tensor(state) || LocalShards::is(state)) note(impl_of(state));
+    if (any_tensor(state)) note(impl_of(state));
   }
 }
 

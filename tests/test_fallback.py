@@ -743,6 +743,18 @@ def test_memory_shared_with_a_parameter_of_a_subclass(row: Row) -> None:
         assert_equal(ours, stock)
 
 
+def test_memory_shared_with_a_state_of_a_subclass(row: Row) -> None:
+    """A state of a subclass takes its parameter to stock, and what shares its memory too."""
+    twins = Twins(row, lambda: [Parameter(5 + torch.rand(64)) for _ in range(2)], **row.rich).run(1)
+    for optimizer in twins.sides:
+        p, q = all_params(optimizer)
+        optimizer.state[q][row.states[0]] = p.detach().as_subclass(Logged)
+    twins.grads()
+    twins.step()
+    for mine, theirs in twins.pairs():
+        assert_equal(mine.detach(), theirs.detach())
+
+
 def test_groups_of_another_type(row: Row) -> None:
     """A group may be any mapping with items of its own making; stock's code reads those."""
 
