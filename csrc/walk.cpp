@@ -1,5 +1,6 @@
 #include "walk.h"
 
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/forward_grad.h>
@@ -219,8 +220,9 @@ bool Walker::plan_first(Place place, Group& group, Subject& subject, const State
   moment.first = !rule_.counts;
   if (rule_.counts) {
     at::Tensor& counter = creation.value[subject.streams - kState] = new_counter(group.dict);
-    if (!plan_.counters().read(*counter.unsafeGetTensorImpl(), moment.step)) {
-      states_.create_no_more();  // made in inference mode: torch knows when it may be written
+    // One made in inference mode cannot be read: torch knows when it may be written.
+    if (!counter.defined() || !plan_.counters().read(*counter.unsafeGetTensorImpl(), moment.step)) {
+      states_.create_no_more();
       return false;
     }
   }
@@ -232,12 +234,14 @@ bool Walker::plan_first(Place place, Group& group, Subject& subject, const State
   return true;
 }
 
-// Stock keeps counters on the CPU, in float64 where that is the default dtype.
+// Stock keeps counters on the CPU, in float64 where that is the default dtype. Undefined where only
+// stock can tell.
 at::Tensor Walker::new_counter(PyObject* group) {
-  PyObject* fused = fused_.in(group);
-  const bool is_double = c10::get_default_dtype_as_scalartype() == at::kDouble &&
-                         (fused == nullptr || PyObject_IsTrue(fused) == 0);
-  return at::zeros({}, is_double ? at::kDouble : at::kFloat);
+  PyObject* option = fused_.optional_in(group);
+  bool fused = false;
+  if (option != nullptr && !read_flag(option, fused)) return {};
+  const bool is_double = c10::get_default_dtype_as_scalartype() == at::kDouble && !fused;
+  return at::scalar_tensor(0, is_double ? at::kDouble : at::kFloat);
 }
 
 // --- the step -----------------------------------------------------------------------------------
@@ -352,8 +356,8 @@ bool Walker::has_grad(PyObject* stranger) {
 
 // Walks until nothing is left to ask: no Python code runs within a walk, but between two of them.
 bool Walker::plan_all(PyObject* groups, PyObject* state) {
-  constexpr int kWalks =
-      4;  // a stranger, then its specs, then the step; and none more is waited for
+  // One that meets a stranger, one that wants its states, one that meets specs; the fourth steps.
+  constexpr int kWalks = 4;
   bool asks = met_strangers_, asked = false;
   for (int walk = 0; walk < kWalks; ++walk) {
     if (asks) ask_strangers(groups);
@@ -399,8 +403,8 @@ bool Walker::step(PyObject* optimizer) {
   if (!scaling_.readable) return false;
   if (scaling_.skip) return true;
   if (rule_.fill != nullptr) {
-    PyObject* fill = fill_.needed_in(defaults);
-    if (!PyFloat_Check(fill) && !PyLong_Check(fill)) return false;
+    PyObject* fill = fill_.optional_in(defaults);
+    if (fill == nullptr || (!PyFloat_Check(fill) && !PyLong_Check(fill))) return false;
     fill_value_ = PyFloat_AsDouble(fill);
     if (fill_value_ == -1 && PyErr_Occurred()) throw python_error();
   }
