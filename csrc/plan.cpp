@@ -233,10 +233,11 @@ bool Plan::ordered() {
   moved_ |= counters_.moved() || scalars_ != scalars_for_ || used_ != ordered_for_;
   // New gradients, as each backward makes them, in memory of their own: they cannot meet what is
   // written, unless that is somebody else's memory.
-  for (const Counters::Counter& counter : counters_.kept()) {
-    writes_are_own_ &= is_allocated(*counter.storage);
+  bool may_differ = read_moved_;
+  if (own_read_moved_) {
+    may_differ |= ordered_ || !writes_are_own_;
+    for (const auto& counter : counters_.kept()) may_differ |= !is_allocated(*counter.storage);
   }
-  const bool may_differ = read_moved_ || (own_read_moved_ && (ordered_ || !writes_are_own_));
   if (moved_ || may_differ) {
     collect_ranges();
     ordered_ = any_meet(writes_, reads_);

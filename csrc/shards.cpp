@@ -68,7 +68,9 @@ bool Shards::alike(Seen& seen) {
 std::vector<at::Tensor>* Shards::made_for(PyObject* param, const Structure& structure, NewState how,
                                           double fill) {
   const auto made = made_.find(param);
-  if (made != made_.end()) return &made->second;
+  if (made != made_.end() && static_cast<int>(made->second.size()) == structure.count) {
+    return &made->second;
+  }
   wanted_.push_back({Ref::borrow(param), structure.count, how, fill});
   return nullptr;
 }

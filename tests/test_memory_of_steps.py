@@ -262,3 +262,26 @@ def test_a_tensor_that_becomes_another_class(row: Row, which: str) -> None:
     twins.stock.step()
     for p, q in twins.pairs():
         assert torch.equal(p, q)
+
+
+def test_new_grad_in_written_memory(row: Row) -> None:
+    """A new grad, alone in its storage, whose memory a parameter has lain in for a step."""
+    pytest.importorskip("numpy")
+    twins = Twins(row, parameters((33,), (33,)), **row.rich)
+    homes: dict[torch.optim.Optimizer, torch.Tensor] = {}
+
+    def move(optimizer: torch.optim.Optimizer) -> None:
+        homes[optimizer] = torch.randn(33)
+        all_params(optimizer)[0].data = torch.from_numpy(homes[optimizer].numpy())
+
+    def meet(optimizer: torch.optim.Optimizer) -> None:
+        all_params(optimizer)[1].grad = homes[optimizer]
+
+    for step in range(6):
+        twins.grads()
+        if step == 2:
+            twins.each(move)
+        if step == 3:
+            twins.each(meet)
+        twins.step()
+        twins.check()
