@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import Row
+from cases import HUGE, Row
 from oracle import all_params
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -266,13 +267,13 @@ def test_a_tensor_that_becomes_another_class(row: Row, which: str) -> None:
 
 def test_new_grad_in_written_memory(row: Row) -> None:
     """A new grad, alone in its storage, whose memory a parameter has lain in for a step."""
-    pytest.importorskip("numpy")
-    twins = Twins(row, parameters((33,), (33,)), **row.rich)
+    twins = Twins(row, parameters((HUGE,), (HUGE,)), **row.rich)
     homes: dict[torch.optim.Optimizer, torch.Tensor] = {}
 
     def move(optimizer: torch.optim.Optimizer) -> None:
-        homes[optimizer] = torch.randn(33)
-        all_params(optimizer)[0].data = torch.from_numpy(homes[optimizer].numpy())
+        homes[optimizer] = torch.randn(HUGE)
+        memory = (ctypes.c_float * HUGE).from_address(homes[optimizer].data_ptr())
+        all_params(optimizer)[0].data = torch.frombuffer(memory, dtype=torch.float32)
 
     def meet(optimizer: torch.optim.Optimizer) -> None:
         all_params(optimizer)[1].grad = homes[optimizer]
