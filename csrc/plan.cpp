@@ -56,7 +56,6 @@ void Plan::begin() {
   used_ = owners_used_ = layouts_used_ = 0;
   bytes_ = 0;
   counters_.begin();
-  writes_are_own_ = true;
   scalars_.clear();
   spans_.clear();
   span_kernel_ = nullptr;
@@ -131,9 +130,6 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
   run.traits = traits.number;
   runs_[used_] = run;
   moved_ = true;
-  for (int s = 0; s < subject.streams; ++s) {
-    if (written(update, s)) writes_are_own_ &= is_allocated(*owners[s].storage);
-  }
   if (!flat || update.kernels[type] != span_kernel_ || update.row != span_row_) {
     begin_span(update.kernels[type], update.row, flat ? nullptr : &layout, traits);
   }
@@ -233,12 +229,8 @@ bool Plan::ordered() {
   moved_ |= counters_.moved() || scalars_ != scalars_for_ || used_ != ordered_for_;
   // New gradients, as each backward makes them, in memory of their own: they cannot meet what is
   // written, unless that is somebody else's memory.
-  bool may_differ = read_moved_;
-  if (own_read_moved_) {
-    may_differ |= ordered_ || !writes_are_own_;
-    for (const auto& counter : counters_.kept()) may_differ |= !is_allocated(*counter.storage);
-  }
-  if (moved_ || may_differ) {
+  moved_ |= read_moved_ || (own_read_moved_ && (ordered_ || !all_writes_allocated()));
+  if (moved_) {
     collect_ranges();
     ordered_ = any_meet(writes_, reads_);
     ordered_for_ = used_;
@@ -246,6 +238,19 @@ bool Plan::ordered() {
   }
   moved_ = read_moved_ = own_read_moved_ = false;
   return ordered_;
+}
+
+bool Plan::all_writes_allocated() const {
+  bool all = true;
+  const Owner* owner = owners_.data();
+  for (std::size_t i = 0; i < used_; ++i) {
+    const Traits traits(runs_[i]);
+    for (int s = 0; s < traits.streams(); ++s, ++owner) {
+      if (s != kGrad || traits.writes_grad()) all &= is_allocated(*owner->storage);
+    }
+  }
+  for (const auto& counter : counters_.kept()) all &= is_allocated(*counter.storage);
+  return all;
 }
 
 bool Plan::meets(std::vector<Range>& others) {

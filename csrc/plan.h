@@ -116,6 +116,7 @@ class Plan {
   void retain_storages();
   void collect_ranges();
   void bump_versions() const;
+  bool all_writes_allocated() const;
   // Whether a storage's memory is the allocator's, which gives none to two storages at once.
   bool is_allocated(c10::StorageImpl& storage) const {
     return storage._mutable_data_ptr_no_checks().get_deleter() == free_;
@@ -141,7 +142,6 @@ class Plan {
   // of elements; one that is read; one that is read and the only one in memory of its own.
   bool moved_ = true, read_moved_ = true, own_read_moved_ = true;
   bool ordered_ = false;
-  bool writes_are_own_ = true;  // what this step writes is all in memory that the allocator gave
   const c10::DeleterFnPtr free_ = c10::GetCPUAllocator()->raw_deleter();
   std::size_t ordered_for_ = 0;  // so many runs
   std::vector<Range> writes_, reads_;
@@ -216,7 +216,6 @@ bool Plan::add_usual(const Update& update, const Subject& subject) {
   for (int s = 0; s < kStreams; ++s) {
     if (s == kGrad && !update.writes_grad) continue;
     moved |= run.stream[s] != stream[s];
-    writes_are_own_ &= is_allocated(*storage[s]);
   }
   moved_ |= moved;
   moved |= run.stream[kGrad] != stream[kGrad];
