@@ -211,15 +211,15 @@ bool Plan::add_usual(const Update& update, const Subject& subject) {
 
   Run& run = runs_[used_];
   const Traits traits(kStreams, item_size, update.writes_grad, false);
-  bool moved = run.count != count || run.traits != traits.number;
+  const bool another = run.count != count || run.traits != traits.number;
+  bool moved = another;
 #pragma GCC unroll 8
-  for (int s = 0; s < kStreams; ++s) {
-    if (s == kGrad && !update.writes_grad) continue;
-    moved |= run.stream[s] != stream[s];
-  }
-  moved_ |= moved;
-  moved |= run.stream[kGrad] != stream[kGrad];
+  for (int s = 0; s < kStreams; ++s) moved |= run.stream[s] != stream[s];
   if (moved) [[unlikely]] {
+    moved_ |= another;
+    for (int s = 0; s < kStreams; ++s) {
+      if (s != kGrad || update.writes_grad) moved_ |= run.stream[s] != stream[s];
+    }
     const bool own =
         is_allocated(*storage[kGrad]) && c10::raw::intrusive_ptr::use_count(storage[kGrad]) == 1;
     (own ? own_read_moved_ : read_moved_) = true;
