@@ -147,10 +147,7 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "is_plain",
       [](const at::Tensor& tensor) {
-        const fastsgd::Plain& plain = fastsgd::plain();
-        const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
-        return fastsgd::Fields::keys(impl) == plain.keys &&
-               plain.storage_of(plain.form_of(impl)) != fastsgd::kStorages;
+        return fastsgd::plain().type_of(*tensor.unsafeGetTensorImpl()) != fastsgd::kStorages;
       },
       "Whether a tensor is what the kernels take without a closer look: dense, contiguous, on the "
       "CPU and of a dtype that they know.");

@@ -40,8 +40,8 @@ class Counters {
     prefetch<sizeof(c10::TensorImpl)>(ahead.tensor);
     prefetch<kStorageBytes>(ahead.storage);
     prefetch(ahead.data);
-    const int type = plain_.storage_of(plain_.form_of(tensor));
-    if (Fields::keys(tensor) != plain_.keys || Fields::count(tensor) != 1 || type > 1) [[unlikely]]
+    const int type = plain_.type_of(tensor);
+    if (type > 1 || Fields::count(tensor) != 1) [[unlikely]]
       return false;
     c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
     const std::int64_t item_size = kItemSizes[type];

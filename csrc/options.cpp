@@ -94,6 +94,8 @@ const GroupOptions& OptionReader::read(PyObject* group, std::size_t number) {
   seen.version = 0;
   options = {};
   options.params = params_.needed_in(group);
+  seen.group = group;
+  seen.items = PyList_Check(options.params) ? &PyList_GET_ITEM(options.params, 0) : nullptr;
   seen.hypers.resize(hyper_keys_.size());
   options.readable = read_flag(maximize_.needed_in(group), options.maximize);
   // A group of a checkpoint may say so, and stock then computes some scalars in another way.

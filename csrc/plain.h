@@ -17,8 +17,10 @@
 
 namespace fastsgd {
 
-// What is read of a StorageImpl lies in its first bytes, up to its size.
+// What is read of a StorageImpl lies in its first bytes, up to its size; and what is read of a
+// TensorImpl that only stands for another: its version, autograd's part and its Python object.
 inline constexpr std::size_t kStorageBytes = 56;
+inline constexpr std::size_t kHeadBytes = 56;
 
 // The fields that torch keeps from everyone but subclasses. Never made.
 class Fields : c10::TensorImpl {
@@ -37,6 +39,18 @@ class Fields : c10::TensorImpl {
     const void* counter;
     std::memcpy(&counter, &(tensor.*&Fields::version_counter_), sizeof(counter));
     return counter;
+  }
+  static c10::AutogradMetaInterface* autograd(const c10::TensorImpl& tensor) {
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Winvalid-offsetof"
+    constexpr std::size_t begin = offsetof(Fields, storage_) + sizeof(c10::Storage),
+                          end = offsetof(Fields, extra_meta_);
+#pragma GCC diagnostic pop
+    static_assert(end - begin == sizeof(void*),
+                  "what lies between is autograd's, an owned pointer");
+    c10::AutogradMetaInterface* meta;
+    std::memcpy(&meta, reinterpret_cast<const char*>(&tensor) + begin, sizeof(meta));
+    return meta;
   }
   static std::uint64_t keys(const c10::TensorImpl& tensor) { return tensor.key_set().raw_repr(); }
   static std::uint64_t form(const c10::TensorImpl& tensor) {
@@ -60,6 +74,10 @@ struct Plain {
 
   std::uint64_t form_of(const c10::TensorImpl& tensor) const {
     return Fields::form(tensor) & matters;
+  }
+  // The storage type of a plain, contiguous tensor; kStorages for any other.
+  int type_of(const c10::TensorImpl& tensor) const {
+    return Fields::keys(tensor) == keys ? storage_of(form_of(tensor)) : kStorages;
   }
   // The storage type that has this form; kStorages if it is no contiguous tensor's of those types.
   int storage_of(std::uint64_t of) const {

@@ -26,25 +26,24 @@ class WithoutGil {
 };
 
 // A tensor for a state, its memory laid out as stock's operators would lay it out.
-at::Tensor new_state(const Update& update, c10::TensorImpl& param, c10::TensorImpl& grad) {
+at::Tensor new_state(const Birth& birth, c10::TensorImpl& param, c10::TensorImpl& grad) {
   const auto of = [](c10::TensorImpl& tensor) {
     return at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&tensor));
   };
-  if (update.new_state == NewState::kFilled) {
+  if (birth.how == NewState::kFilled) {
     at::Tensor state = at::empty_like(of(param), at::TensorOptions().requires_grad(false));
-    fill(state.mutable_data_ptr(), state.numel(), *storage_type(param), update.fill);
+    fill(state.mutable_data_ptr(), state.numel(), *storage_type(param), birth.fill);
     return state;
   }
   const at::Tensor g = of(grad);
   const bool alike = grad.is_contiguous() && grad.strides() == param.strides();
-  if (alike || (update.new_state == NewState::kOfGrad && !update.maximize))
-    return at::empty_like(g);
+  if (alike || (birth.how == NewState::kOfGrad && !birth.maximize)) return at::empty_like(g);
   const auto shape_of = [](const c10::TensorImpl& tensor) {
     return at::empty_strided(tensor.sizes(), tensor.strides(), at::device(at::kMeta));
   };
   at::Tensor like = shape_of(grad);
-  if (update.maximize) like = at::neg(like);
-  if (update.new_state == NewState::kOfGradAndParam) like = at::add(like, shape_of(param));
+  if (birth.maximize) like = at::neg(like);
+  if (birth.how == NewState::kOfGradAndParam) like = at::add(like, shape_of(param));
   return at::empty_strided(like.sizes(), like.strides(), g.options().requires_grad(false));
 }
 
@@ -53,13 +52,14 @@ bool written(const Update& update, int stream) { return stream != kGrad || updat
 }  // namespace
 
 void Plan::begin() {
-  used_ = owners_used_ = layouts_used_ = 0;
+  used_ = holders_used_ = owners_used_ = layouts_used_ = 0;
   bytes_ = 0;
   counters_.begin();
   scalars_.clear();
   spans_.clear();
   span_kernel_ = nullptr;
   rows_.clear();
+  reserve();
   release();
 }
 
@@ -73,33 +73,35 @@ std::int32_t Plan::add_row(const Row& row) {
 void Plan::grow() {
   const std::size_t runs = 2 * runs_.size() + 8;
   runs_.resize(runs);
-  owners_.resize((runs + kAhead) * kMaxStreams);
+  holders_.resize((runs + kAhead) * kMaxStreams);
+  owners_.resize((runs + kAhead + 1) * kMaxStreams);
 }
 
-bool Plan::add_unusual(const Update& update, Place place, const Subject& subject) {
+bool Plan::add_unusual(const Update& update, Place place, const Subject& subject, Owners owners) {
   return check_kinds(place, *update.structure, subject, update.writes_grad) &&
-         add_checked(update, place, subject);
+         add_checked(update, place, subject, owners);
 }
 
-bool Plan::add_creating(const Update& update, Place place, Subject& subject, at::Tensor* created) {
+bool Plan::add_creating(const Update& update, Place place, Subject& subject, Owners owners,
+                        const Birth& birth, at::Tensor* created) {
   if (!check_kinds(place, *update.structure, subject, update.writes_grad)) return false;
   for (int s = kState; s < subject.streams; ++s) {
     if (subject.tensor[s] != nullptr) continue;
-    created[s - kState] = new_state(update, *subject.tensor[kParam], *subject.tensor[kGrad]);
+    created[s - kState] = new_state(birth, *subject.tensor[kParam], *subject.tensor[kGrad]);
     subject.tensor[s] = created[s - kState].unsafeGetTensorImpl();
   }
-  return add_checked(update, place, subject);
+  return add_checked(update, place, subject, owners);
 }
 
 // Adds tensors of one dtype and one shape, whatever their layouts.
-bool Plan::add_checked(const Update& update, Place place, const Subject& subject) {
+bool Plan::add_checked(const Update& update, Place place, const Subject& subject, Owners owners) {
   reserve();
   const c10::TensorImpl& param = *subject.tensor[kParam];
   const std::int64_t count = param.numel();
-  if (count == 0) return true;
 
   bool flat = true;
   for (int s = kGrad; s < subject.streams; ++s) flat &= same_layout(param, *subject.tensor[s]);
+  flat |= count == 0;
   if (layouts_used_ == layouts_.size()) layouts_.emplace_back();
   Layout& layout = layouts_[layouts_used_];
   if (!flat && !lay_out(update, place, subject, layout)) return false;
@@ -108,7 +110,7 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
   const std::int64_t item_size = kItemSizes[type];
   const Traits traits(subject.streams, item_size, update.writes_grad, !flat);
   Run run;
-  Owner* owners = &owners_[owners_used_];
+  Holder* holders = &holders_[holders_used_];
   run.count = count;
   std::int64_t bytes[kMaxStreams];
   for (int s = 0; s < subject.streams; ++s) {
@@ -116,11 +118,11 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
     c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
     bytes[s] = (flat ? count : layout.extent(s)) * item_size;
     const std::int64_t offset = tensor.storage_offset() * item_size;
-    if (static_cast<std::int64_t>(storage->nbytes()) < offset + bytes[s]) {
+    if (count > 0 && static_cast<std::int64_t>(storage->nbytes()) < offset + bytes[s]) {
       storage_too_small(place, *update.structure, s, tensor);
     }
     run.stream[s] = data_of(*storage, written(update, s)) + offset;
-    owners[s] = {&tensor, storage};
+    holders[s] = {&tensor, storage};
     // Streams of one parameter that share memory: only stock's order of passes gives its result.
     for (int t = 0; t < s; ++t) {
       if (meet(run.stream[s], bytes[s], run.stream[t], bytes[t])) return false;
@@ -133,13 +135,8 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
   if (!flat || update.kernels[type] != span_kernel_ || update.row != span_row_) {
     begin_span(update.kernels[type], update.row, flat ? nullptr : &layout, traits);
   }
-  count_in(count * item_size, subject.streams);
+  count_in(count * item_size, traits, owners);
   return true;
-}
-
-void Plan::stand_for(const Subject& owners) {
-  Owner* of_last = &owners_[owners_used_ - static_cast<std::size_t>(owners.streams)];
-  for (int s = 0; s < owners.streams; ++s) of_last[s].tensor = owners.tensor[s];
 }
 
 // Begins a span with the next run; it ends where another begins.
@@ -197,9 +194,10 @@ bool Plan::add_zero(const at::Tensor& grad) {
   runs_[used_].count = bytes;
   const Traits traits(1, 1, false, false);
   runs_[used_].traits = traits.number;
-  owners_[owners_used_] = {&tensor, storage};
+  c10::TensorImpl* const owner = &tensor;
+  holders_[holders_used_] = {&tensor, storage};
   if (spans_.empty()) begin_span(zero, 0, nullptr, traits);
-  count_in(bytes, 1);
+  count_in(bytes, traits, &owner);
   return true;
 }
 
@@ -219,6 +217,7 @@ void Plan::collect_ranges() {
         const std::int64_t items = span.layout != nullptr ? span.layout->extent(s) : run.count;
         const auto begin = reinterpret_cast<std::uintptr_t>(run.stream[s]);
         const Range range{begin, begin + static_cast<std::uintptr_t>(items * span.item_size)};
+        if (items == 0) continue;
         (s != kGrad || writes_grad ? writes_ : reads_).push_back(range);
       }
     }
@@ -242,11 +241,11 @@ bool Plan::ordered() {
 
 bool Plan::all_writes_allocated() const {
   bool all = true;
-  const Owner* owner = owners_.data();
+  const Holder* holder = holders_.data();
   for (std::size_t i = 0; i < used_; ++i) {
     const Traits traits(runs_[i]);
-    for (int s = 0; s < traits.streams(); ++s, ++owner) {
-      if (s != kGrad || traits.writes_grad()) all &= is_allocated(*owner->storage);
+    for (int s = 0; s < traits.streams(); ++s, ++holder) {
+      if (s != kGrad || traits.writes_grad()) all &= is_allocated(*holder->storage);
     }
   }
   for (const auto& counter : counters_.kept()) all &= is_allocated(*counter.storage);
@@ -259,43 +258,43 @@ bool Plan::meets(std::vector<Range>& others) {
   return any_meet(others, writes_) || any_meet(others, reads_);
 }
 
-void Plan::retain(std::size_t first_owner, std::size_t owners) {
-  for (std::size_t i = first_owner; i < first_owner + owners; ++i) {
-    retain(owners_[i].tensor, owners_[i].storage);
-  }
-}
-
-void Plan::retain(c10::TensorImpl* tensor, c10::StorageImpl* storage) {
-  retained_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
-  storages_.push_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage));
-}
-
 void Plan::retain() {
   if (retaining_) return;
   retaining_ = true;
-  retain(0, owners_used_);
-  for (const Counters::Counter& counter : counters_.kept()) retain(counter.tensor, counter.storage);
+  retain(holders_used_, owners_used_);
+  for (const Counters::Counter& counter : counters_.kept()) {
+    retain(counter.tensor);
+    retain(counter.storage);
+  }
 }
 
-void Plan::retain_storages() {
-  for (std::size_t i = 0; i < owners_used_; ++i) {
-    storages_.push_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(owners_[i].storage));
+// Those of the last holders and owners.
+void Plan::retain(std::size_t holders, std::size_t owners) {
+  for (std::size_t i = holders_used_ - holders; i < holders_used_; ++i) {
+    retain(holders_[i].tensor);
+    retain(holders_[i].storage);
   }
+  for (std::size_t i = owners_used_ - owners; i < owners_used_; ++i) retain(owners_[i]);
+}
+
+void Plan::retain(c10::TensorImpl* tensor) {
+  tensors_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
+}
+
+void Plan::retain(c10::StorageImpl* storage) {
+  storages_.push_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage));
 }
 
 void Plan::release() {
   retaining_ = false;
-  retained_.clear();
+  tensors_.clear();
   storages_.clear();
 }
 
 void Plan::bump_versions() const {
-  const Owner* owner = owners_.data();
-  for (std::size_t i = 0; i < used_; ++i) {
-    const Traits traits(runs_[i]);
-    for (int s = 0; s < traits.streams(); ++s, ++owner) {
-      if (s != kGrad || traits.writes_grad()) owner->tensor->bump_version();
-    }
+  for (std::size_t i = 0; i < owners_used_; ++i) {
+    if (i + kAhead < owners_used_) prefetch(Fields::counter(*owners_[i + kAhead]));
+    owners_[i]->bump_version();
   }
 }
 
@@ -305,7 +304,9 @@ void Plan::run(bool needs_order) {
   counters_.advance();
   const bool in_order = needs_order && ordered();
   const bool without_gil = bytes_ >= kWorthTheGil;
-  if (without_gil && !retaining_) retain_storages();  // kernels know nothing but their memory
+  if (without_gil && !retaining_) {  // kernels know nothing but their memory
+    for (std::size_t i = 0; i < holders_used_; ++i) retain(holders_[i].storage);
+  }
   {
     const WithoutGil guard(without_gil);
     execute(spans_, runs_.data(), rows_.data(), bytes_, in_order);

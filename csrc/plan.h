@@ -25,10 +25,11 @@ struct Update {
   const Structure* structure = nullptr;
   const Kernel* kernels = nullptr;  // by storage type
   std::int32_t row = -1;
-  bool writes_grad = false, maximize = false;
-  NewState new_state = NewState::kFilled;
-  double fill = 0;
+  bool writes_grad = false;
 };
+
+// For each stream of a parameter, the tensor whose version counts the writes to it.
+using Owners = c10::TensorImpl* const*;
 
 class Plan {
  public:
@@ -41,17 +42,23 @@ class Plan {
   // Adds the update of a parameter with `kStates` states and returns true; or false where only
   // stock's path can take it. Throws, naming `place` and the tensor, where stock could not either.
   template <int kStates>
-  [[gnu::always_inline]] bool add(const Update& update, Place place, const Subject& subject) {
-    return add_usual<kState + kStates>(update, subject) || add_unusual(update, place, subject);
+  [[gnu::always_inline]] bool add(const Update& update, Place place, const Subject& subject,
+                                  Owners owners) {
+    return add_usual<kState + kStates>(update, subject, owners) ||
+           add_unusual(update, place, subject, owners);
   }
   // The same for a parameter that lacks states: they are allocated into `created`.
-  bool add_creating(const Update& update, Place place, Subject& subject, at::Tensor* created);
+  bool add_creating(const Update& update, Place place, Subject& subject, Owners owners,
+                    const Birth& birth, at::Tensor* created);
 
-  // How many parameters with elements were added.
-  std::size_t size() const { return used_; }
-  // Says whose versions count the writes to the one that was added last, where that is not the
-  // tensors whose memory is written.
-  void stand_for(const Subject& owners);
+  // Fetches what counts the writes to a parameter of as many states that is added after some more:
+  // where that is other tensors than those whose memory is written, nothing else does.
+  template <int kStates>
+  FASTSGD_PREFETCHING void fetch_owners() const {
+    c10::TensorImpl* const* ahead = &owners_[owners_used_ + kAhead * (1 + kStates)];
+#pragma GCC unroll 8
+    for (int i = 0; i < 1 + kStates; ++i) prefetch<kHeadBytes>(ahead[i]);
+  }
 
   // The counters of the parameters that are added.
   Counters& counters() { return counters_; }
@@ -93,17 +100,18 @@ class Plan {
     bool writes_grad() const { return (number >> 16 & 1) != 0; }
   };
   // The objects behind one stream of one run.
-  struct Owner {
+  struct Holder {
     c10::TensorImpl* tensor;
     c10::StorageImpl* storage;
   };
 
   template <int kStreams>
-  [[gnu::always_inline]] inline bool add_usual(const Update& update, const Subject& subject);
-  bool add_unusual(const Update& update, Place place, const Subject& subject);
-  bool add_checked(const Update& update, Place place, const Subject& subject);
+  [[gnu::always_inline]] inline bool add_usual(const Update& update, const Subject& subject,
+                                               Owners owners);
+  bool add_unusual(const Update& update, Place place, const Subject& subject, Owners owners);
+  bool add_checked(const Update& update, Place place, const Subject& subject, Owners owners);
   bool lay_out(const Update& update, Place place, const Subject& subject, Layout& layout);
-  inline void count_in(std::int64_t bytes, int streams);
+  inline void count_in(std::int64_t bytes, Traits traits, Owners owners);
   void begin_span(Kernel kernel, std::int32_t row, const Layout* layout, Traits traits);
   void reserve() {
     if (used_ == runs_.size()) [[unlikely]]
@@ -111,9 +119,9 @@ class Plan {
   }
   void end_spans();
   void grow();
-  void retain(std::size_t first_owner, std::size_t owners);
-  void retain(c10::TensorImpl* tensor, c10::StorageImpl* storage);
-  void retain_storages();
+  void retain(std::size_t holders, std::size_t owners);
+  void retain(c10::TensorImpl* tensor);
+  void retain(c10::StorageImpl* storage);
   void collect_ranges();
   void bump_versions() const;
   bool all_writes_allocated() const;
@@ -122,12 +130,13 @@ class Plan {
     return storage._mutable_data_ptr_no_checks().get_deleter() == free_;
   }
 
-  // Of the runs, the first `used_` are this step's; likewise of the owners, one for each stream of
-  // each run. What follows is left from the last step: it says what to fetch ahead, and whether
-  // anything moved.
+  // Of the runs, the first `used_` are this step's; likewise of the holders, one for each stream of
+  // each run, and of the owners, one for each stream that is written. What follows is left from the
+  // last step: it says what to fetch ahead, and whether anything moved.
   std::vector<Run> runs_;
-  std::vector<Owner> owners_;
-  std::size_t used_ = 0, owners_used_ = 0;
+  std::vector<Holder> holders_;
+  std::vector<c10::TensorImpl*> owners_;
+  std::size_t used_ = 0, holders_used_ = 0, owners_used_ = 0;
   std::vector<Span> spans_;
   Kernel span_kernel_ = nullptr;  // of the last span, if the next run could join it
   std::int32_t span_row_ = -1;
@@ -148,7 +157,7 @@ class Plan {
   std::vector<Range> scalars_, scalars_for_;  // at this step; those that the answer is for
 
   bool retaining_ = false;
-  std::vector<c10::intrusive_ptr<c10::TensorImpl>> retained_;
+  std::vector<c10::intrusive_ptr<c10::TensorImpl>> tensors_;
   std::vector<c10::intrusive_ptr<c10::StorageImpl>> storages_;
 };
 
@@ -161,24 +170,30 @@ inline bool meet(const char* a, std::int64_t bytes_of_a, const char* b, std::int
   return a < b + bytes_of_b && b < a + bytes_of_a;
 }
 
-// Counts in a run that has been written to its place, of the span that was begun last.
-void Plan::count_in(std::int64_t bytes, int streams) {
-  if (retaining_) [[unlikely]]
-    retain(owners_used_, static_cast<std::size_t>(streams));
+// Counts in a run that has been written to its place, as have its holders, of the span that was
+// begun last.
+void Plan::count_in(std::int64_t bytes, Traits traits, Owners owners) {
+  const int streams = traits.streams();
+  const std::size_t owners_before = owners_used_;
+  for (int s = 0; s < streams; ++s) {
+    if (s != kGrad || traits.writes_grad()) owners_[owners_used_++] = owners[s];
+  }
+  holders_used_ += static_cast<std::size_t>(streams);
   bytes_ += bytes * streams;
-  owners_used_ += static_cast<std::size_t>(streams);
   ++used_;
+  if (retaining_) [[unlikely]]
+    retain(static_cast<std::size_t>(streams), owners_used_ - owners_before);
 }
 
 // The usual case, in few instructions: every tensor plain, contiguous, of one dtype and one shape,
 // its storage large enough and its own. False where anything differs; then nothing is noted.
 template <int kStreams>
-bool Plan::add_usual(const Update& update, const Subject& subject) {
+bool Plan::add_usual(const Update& update, const Subject& subject, Owners owners) {
   reserve();
-  Owner* owners = &owners_[owners_used_];
+  Holder* holders = &holders_[holders_used_];
 #pragma GCC unroll 8
   for (std::size_t s = 0; s < kStreams; ++s) {
-    const Owner& ahead = owners[kAhead * kStreams + s];
+    const Holder& ahead = holders[kAhead * kStreams + s];
     prefetch<sizeof(c10::TensorImpl)>(ahead.tensor);
     prefetch<kStorageBytes>(ahead.storage);
   }
@@ -187,7 +202,7 @@ bool Plan::add_usual(const Update& update, const Subject& subject) {
   const std::uint64_t form = plain_.form_of(param);
   const int type = plain_.storage_of(form);
   const std::int64_t count = Fields::count(param);
-  if (type == kStorages || count == 0) [[unlikely]]
+  if (type == kStorages) [[unlikely]]
     return false;
   const std::int64_t item_size = kItemSizes[type], bytes = count * item_size;
   const at::IntArrayRef sizes = Fields::shape(param).sizes_arrayref();
@@ -235,11 +250,11 @@ bool Plan::add_usual(const Update& update, const Subject& subject) {
     run.traits = traits.number;
   }
 #pragma GCC unroll 8
-  for (int s = 0; s < kStreams; ++s) owners[s] = {subject.tensor[s], storage[s]};
+  for (int s = 0; s < kStreams; ++s) holders[s] = {subject.tensor[s], storage[s]};
   const Kernel kernel = update.kernels[type];
   if (kernel != span_kernel_ || update.row != span_row_) [[unlikely]]
     begin_span(kernel, update.row, nullptr, traits);
-  count_in(bytes, kStreams);
+  count_in(bytes, traits, owners);
   return true;
 }
 

@@ -32,6 +32,12 @@ class Ref {
   PyObject* object_ = nullptr;
 };
 
+// A dict or an OrderedDict, as torch makes them; a type of its own may mean something else by its
+// items.
+inline bool exact_dict(PyObject* object) {
+  return PyDict_CheckExact(object) || PyODict_CheckExact(object);
+}
+
 // What Python before 3.14 calls a dictionary's version: no two dictionaries, and no two states of
 // one, have the same (PEP 509). So equal versions mean the same keys and the same values. 0 where
 // there is none to be had: a dictionary whose values lie elsewhere can change without it.

@@ -6,6 +6,8 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "plain.h"
+
 namespace fastsgd {
 
 inline PyObject* checked(PyObject* object) {
@@ -29,7 +31,7 @@ inline c10::TensorImpl* impl_of(PyObject* object) {
 
 // Where a tensor keeps its gradient; null where it has no place for one.
 inline at::Tensor* grad_slot(const c10::TensorImpl& tensor) {
-  auto* meta = static_cast<torch::autograd::AutogradMeta*>(tensor.autograd_meta());
+  auto* meta = static_cast<torch::autograd::AutogradMeta*>(Fields::autograd(tensor));
   return meta == nullptr ? nullptr : &meta->grad_;
 }
 

@@ -35,6 +35,13 @@ enum class NewState {
   kFilled,          // like the parameter, filled with zeros or the rule's kFill
 };
 
+// How new states of a parameter come to be.
+struct Birth {
+  NewState how = NewState::kFilled;
+  double fill = 0;
+  bool maximize = false;  // the sign of the gradient is turned first
+};
+
 // When in a parameter's life a step is taken.
 struct Moment {
   bool first = false;  // the step makes the states; not said to a rule that counts

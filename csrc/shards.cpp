@@ -46,11 +46,13 @@ void LocalShards::learn(PyObject* object) {
   type = candidate;
 }
 
-bool Shards::alike(Seen& seen) {
+bool Shards::look(PyObject* const* streams, int count, Seen& seen) {
+  seen = {};
   int kind = kMixed;
   bool all_known = true, all_alike = true;
-  for (int i = 0; i < seen.count; ++i) {
-    PyObject* spec = seen.spec[i];
+  for (int i = 0; i < count; ++i) {
+    PyObject* spec = LocalShards::spec(streams[i]);
+    seen.stream[i] = {spec, LocalShards::shard(streams[i])};
     const auto known = kinds_.find(spec);
     if (known == kinds_.end()) {
       if (spec != nullptr) unknown_.push_back(Ref::borrow(spec));
@@ -65,13 +67,13 @@ bool Shards::alike(Seen& seen) {
   return alike;
 }
 
-std::vector<at::Tensor>* Shards::made_for(PyObject* param, const Structure& structure, NewState how,
-                                          double fill) {
+std::vector<at::Tensor>* Shards::made_for(PyObject* param, const Structure& structure,
+                                          const Birth& birth) {
   const auto made = made_.find(param);
   if (made != made_.end() && static_cast<int>(made->second.size()) == structure.count) {
     return &made->second;
   }
-  wanted_.push_back({Ref::borrow(param), structure.count, how, fill});
+  wanted_.push_back({Ref::borrow(param), structure.count, birth});
   return nullptr;
 }
 
@@ -101,8 +103,9 @@ void Shards::answer() {
     if (grad == nullptr || !grad->defined()) continue;
     std::vector<at::Tensor> made;
     for (int i = 0; i < wanted.count; ++i) {
-      at::Tensor state = wanted.how == NewState::kFilled ? at::full_like(param, wanted.fill)
-                                                         : at::empty_like(*grad);
+      at::Tensor state = wanted.birth.how == NewState::kFilled
+                             ? at::full_like(param, wanted.birth.fill)
+                             : at::empty_like(*grad);
       const Ref object = Ref::steal(checked(THPVariable_Wrap(state)));
       if (!LocalShards::is(object.get())) break;
       made.push_back(std::move(state));

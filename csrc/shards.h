@@ -25,18 +25,32 @@ struct PlainTensors {
 // DTensors whose shard is a plain tensor.
 struct LocalShards {
   [[gnu::always_inline]] static bool is(PyObject* object) {
-    return is_distributed(object) && exact_tensor(shard(object));
+    return is_distributed(object) && shard(object) != nullptr && exact_tensor(shard(object));
   }
   static c10::TensorImpl* memory(PyObject* object) { return impl_of(shard(object)); }
 
-  // A DTensor, and no subclass. False until learn() was told of one.
-  static bool is_distributed(PyObject* object) {
-    return type != nullptr && Py_TYPE(object) == type && shard(object) != nullptr;
-  }
+  // A DTensor, and no subclass. False until they are known, by learn().
+  static bool is_distributed(PyObject* object) { return Py_TYPE(object) == type; }
   static PyObject* shard(PyObject* object) { return slot(object, local_slot); }
   // How it is sharded.
   static PyObject* spec(PyObject* object) { return slot(object, spec_slot); }
 
+  // The DTensors themselves, whose versions count the writes to their shards; false where one has
+  // no version, as it was made in inference mode.
+  static bool find_wholes(PyObject* const* objects, int count, c10::TensorImpl** wholes) {
+    bool all = true;
+    for (int i = 0; i < count; ++i) {
+      wholes[i] = impl_of(objects[i]);
+      all &= wholes[i]->version_counter().enabled();
+    }
+    return all;
+  }
+  // The part of an object that a plain tensor does not have.
+  static FASTSGD_PREFETCHING void fetch(const void* object) {
+    prefetch(static_cast<const char*>(object) + local_slot);
+  }
+
+  static bool are_known() { return type != nullptr; }
   // Learns what a DTensor is, if this is one. May run Python code.
   static void learn(PyObject* object);
 
@@ -51,50 +65,43 @@ struct LocalShards {
 // What one optimizer knows of its DTensors.
 class Shards {
  public:
-  // A parameter's streams at the last step: their specs, all of them alike; and, to be fetched
-  // ahead of meeting them again, the objects, their shards and the memory's tensors.
-  struct Seen {
+  // A parameter's streams at the last step: their specs, all of them alike; and their shards, to be
+  // fetched ahead of meeting them again.
+  struct alignas(kCacheLine) Seen {
     std::uint64_t epoch = 0;
-    int count = 0;
-    PyObject* spec[kMaxStates + 2];
-    const void* stream[kMaxStates + 2];
-    const void* shard[kMaxStates + 2];
-    const void* memory[kMaxStates + 2];
+    struct Stream {
+      PyObject* spec = nullptr;
+      const void* shard = nullptr;
+    } stream[kMaxStates + 2];
   };
+  template <int kCount>
   static FASTSGD_PREFETCHING void fetch(const Seen& seen) {
-    for (int i = 0; i < seen.count; ++i) {
-      prefetch<2 * kCacheLine>(seen.stream[i]);
-      prefetch(seen.shard[i]);
-      prefetch<sizeof(c10::TensorImpl)>(seen.memory[i]);
-    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) prefetch(seen.stream[i].shard);
   }
 
   // Whether a parameter's streams are sharded alike, each element in one place. If that is not
   // known it is false, and noted to be asked.
   template <int kCount>
   [[gnu::always_inline]] bool alike(PyObject* const (&streams)[kCount], Seen& seen) {
-    bool same = seen.epoch == epoch_ && seen.count == kCount;
-    seen.count = kCount;
+    bool same = seen.epoch == epoch_;
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) {
-      seen.stream[i] = streams[i];
-      seen.shard[i] = LocalShards::shard(streams[i]);
-      seen.memory[i] = LocalShards::memory(streams[i]);
-      PyObject* spec = LocalShards::spec(streams[i]);
-      same &= seen.spec[i] == spec;
-      seen.spec[i] = spec;
+      const Seen::Stream now{LocalShards::spec(streams[i]), LocalShards::shard(streams[i])};
+      same &= seen.stream[i].spec == now.spec;
+      seen.stream[i] = now;
     }
     if (same) [[likely]]
       return true;
-    return alike(seen);
+    return look(streams, kCount, seen);
   }
-  // The same of what was seen.
-  bool alike(Seen& seen);
+  // The same, by what was asked.
+  bool look(PyObject* const* streams, int count, Seen& seen);
 
   // New states for a parameter that were made for this step, DTensors all; null if there are none,
   // which is noted.
-  std::vector<at::Tensor>* made_for(PyObject* param, const Structure& structure, NewState how,
-                                    double fill);
+  std::vector<at::Tensor>* made_for(PyObject* param, const Structure& structure,
+                                    const Birth& birth);
 
   // Whether anything was noted since the last answer; and answers it. May run Python code.
   bool asks() const { return !unknown_.empty() || !wanted_.empty(); }
@@ -111,8 +118,7 @@ class Shards {
   struct Wanted {
     Ref param;
     int count;
-    NewState how;
-    double fill;
+    Birth birth;
   };
   static constexpr int kMixed = -1;  // summed over processes, say: only DTensor's operators know
 

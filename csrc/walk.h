@@ -13,6 +13,7 @@
 #include "pydict.h"
 #include "shards.h"
 #include "states.h"
+#include "strangers.h"
 
 namespace fastsgd {
 
@@ -66,34 +67,44 @@ class Walker {
   };
   struct Cleanup;
 
+  // Who is to take a step.
+  enum class Way { kKernels, kStock, kParts, kNone };
+
+  Way plan_step(PyObject* groups, PyObject* state, PyObject* defaults, PyObject* attributes);
+  bool plan_all(PyObject* groups, PyObject* state);
   bool plan_groups(PyObject* groups);
+  void leave_to_stock(Place place, PyObject* param);
+
   void plan_group(Group& group, std::size_t& number);
+  template <bool kCounts, int... kStates>
+  void plan_params(Group& group, std::size_t& number, int states,
+                   std::integer_sequence<int, kStates...>);
   template <int kStates, bool kCounts>
   void plan_params(Group& group, std::size_t& number);
   template <class Kind, int kStates, bool kCounts>
   [[gnu::always_inline]] inline bool plan_param(Group& group, Py_ssize_t index, PyObject* param,
                                                 Path& path, Shards::Seen* seen);
   template <int kStates, bool kCounts>
-  bool plan_shard(Group& group, Py_ssize_t index, PyObject* param, std::size_t number);
-  bool plan_first(Place place, Group& group, Subject& subject, const StatesSeen& seen,
-                  const std::vector<at::Tensor>& made);
-  bool plan_first_shard(Place place, Group& group, Subject& subject, const Path& path,
-                        Shards::Seen& seen);
-  void stand_for(const Subject& shards, PyObject* const* streams, std::size_t size_before);
+  [[gnu::noinline]] bool plan_shard(Group& group, Py_ssize_t index, PyObject* param, Path* path,
+                                    Shards::Seen* seen);
+  [[gnu::noinline]] bool plan_first(Place place, Group& group, Subject& subject, Owners owners,
+                                    const StatesSeen& seen, const Birth& birth,
+                                    const std::vector<at::Tensor>& made);
+  [[gnu::noinline]] bool plan_first_shard(Place place, Group& group, Subject& subject,
+                                          const Path& path, Shards::Seen& seen);
+  Birth birth(const Group& group) const;
   at::Tensor new_counter(PyObject* group);
   template <int kValues>
-  void fetch(const Path& path) const;
-  bool plan_all(PyObject* groups, PyObject* state);
-  void ask_strangers(PyObject* groups);
-  bool has_grad(PyObject* stranger);
-  bool all_to_stock();
-  void leave_to_stock(Place place, PyObject* param);
+  static void fetch(const Path& path);
+  template <bool kCounts>
   const Update& update_of(Group& group, const Moment& moment) {
-    if (group.moment == moment && group.update.row >= 0) [[likely]]
+    const bool same =
+        kCounts ? group.moment.step == moment.step : group.moment.first == moment.first;
+    if (same && group.update.row >= 0) [[likely]]
       return group.update;
     return find_update(group, moment);
   }
-  const Update& find_update(Group& group, const Moment& moment);
+  [[gnu::noinline]] const Update& find_update(Group& group, const Moment& moment);
   Update make_update(const GroupOptions& options, const Moment& moment);
   void zero(const at::Tensor& slot);
 
@@ -109,11 +120,7 @@ class Walker {
   DictKey fill_;  // the default that new states are filled with, if the rule has one
   double fill_value_ = 0;
   std::vector<Path> paths_;  // one for each parameter, and some to look ahead into
-  // Parameters that are no plain tensors, and whether they have a gradient. Asking them may run
-  // Python code, so that is done before the walk, once it is known that there are any.
-  std::vector<std::pair<Ref, bool>> strangers_;
-  std::size_t strangers_met_ = 0;  // in this walk
-  bool met_strangers_ = false;     // in this one or, at its start, in the last
+  Strangers strangers_;
   Shards shards_;
   std::vector<Shards::Seen> shards_seen_;  // one for each parameter, where any is distributed
   std::vector<Range> left_;                // memory of the parameters that are left to stock
@@ -124,9 +131,6 @@ class Walker {
 
 // The attributes of an object; the dict stays alive with the object.
 PyObject* attributes_of(PyObject* object);
-
-// A group as torch makes it; one of another type may mean something else by its items.
-bool exact_dict(PyObject* object);
 
 // Marks a walker busy for as long as it works on a step.
 class Busy {
@@ -147,7 +151,7 @@ struct Walker::Cleanup {
     walker.shards_.end_step();
     walker.states_.clear();
     walker.left_.clear();
-    walker.strangers_.clear();
+    walker.strangers_.end_step();
     walker.plan_.release();
     walker.zero_plan_.release();
   }

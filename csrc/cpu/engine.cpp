@@ -34,9 +34,12 @@ int available_cpus() {
 // Below this many bytes a parallel region costs more than it saves.
 constexpr std::int64_t kWorthATeam = 4 << 20;
 
-// A team larger than the machine pays context switches at its barrier, so it must have more to do.
-std::int64_t worth_a_region(int team) {
-  return team <= available_cpus() ? kWorthATeam : 16 * kWorthATeam;
+// How many workers should share so much work.
+int team_for(std::int64_t bytes) {
+  const int team = threads();
+  // One larger than the machine pays context switches at its barrier, so it must have more to do.
+  const bool fits = team <= available_cpus();
+  return bytes < (fits ? kWorthATeam : 16 * kWorthATeam) ? 1 : team;
 }
 
 // --- one worker's share -------------------------------------------------------------------------
@@ -75,8 +78,8 @@ void execute_share(const std::vector<Span>& spans, const Run* runs, const Row* r
 
 void execute(const std::vector<Span>& spans, const Run* runs, const Row* rows, std::int64_t bytes,
              bool ordered) {
-  const int team = ordered ? 1 : threads();
-  if (team == 1 || bytes < worth_a_region(team)) {
+  const int team = ordered ? 1 : team_for(bytes);
+  if (team == 1) {
     for (const Span& span : spans) {
       const Run* first = runs + span.first;
       if (span.layout != nullptr) {
@@ -114,11 +117,7 @@ int threads() { return forked.load(std::memory_order_relaxed) ? 1 : at::get_num_
 void fill(void* memory, std::int64_t count, Storage type, double value) {
   const auto fill_with = [&](auto item) {
     auto* items = static_cast<decltype(item)*>(memory);
-    const int team = threads();
-    if (team == 1 || count * static_cast<std::int64_t>(sizeof(item)) < worth_a_region(team)) {
-      std::fill_n(items, count, item);
-      return;
-    }
+    const int team = team_for(count * static_cast<std::int64_t>(sizeof(item)));
     at::parallel_for(0, team, 1, [&](std::int64_t begin, std::int64_t end) {
       std::fill(items + count * begin / team, items + count * end / team, item);
     });

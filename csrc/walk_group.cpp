@@ -1,0 +1,254 @@
+// The part of the walk that plans the parameters of one group.
+#include <ATen/ops/scalar_tensor.h>
+
+#include <algorithm>
+#include <type_traits>
+#include <utility>
+
+#include "lookahead.h"
+#include "prefetch.h"
+#include "pytensor.h"
+#include "walk.h"
+
+namespace fastsgd {
+namespace {
+
+constexpr std::size_t kFar = 2 * kAhead;
+
+}  // namespace
+
+// --- updates ------------------------------------------------------------------------------------
+
+// The update of parameters of a group at a moment, which may be another's of this step: groups
+// whose options are equal share it, and the kernels then take their parameters together.
+const Update& Walker::find_update(Group& group, const Moment& moment) {
+  constexpr std::size_t kLooks = 8;  // a bound on the time this takes where no two are equal
+  group.moment = moment;
+  const std::size_t begin = made_.size() - std::min(made_.size(), kLooks);
+  for (std::size_t i = made_.size(); i-- > begin;) {
+    if (made_[i].moment == moment && made_[i].options == group.options) {
+      return group.update = made_[i].update;
+    }
+  }
+  group.update = make_update(group.options, moment);
+  made_.push_back({group.options, moment, group.update});
+  return group.update;
+}
+
+Update Walker::make_update(const GroupOptions& options, const Moment& moment) {
+  Row row;
+  rule_.scalars(options.hypers, moment, row);
+  row.grad_scale = scaling_.scale;
+  row.unscale = scaling_.unscale;
+  row.maximize = options.maximize;
+  return {&rule_.structures[options.structure], kernels().step[rule_number_][options.structure],
+          plan_.add_row(row), scaling_.unscale};
+}
+
+// --- one parameter ------------------------------------------------------------------------------
+
+template <int kValues>
+FASTSGD_PREFETCHING void Walker::fetch(const Path& path) {
+  prefetch(path.param);
+  prefetch(path.grad_slot);
+  prefetch(path.grad_object);
+  if constexpr (kValues > 0) {
+    prefetch<sizeof(PyDictObject)>(path.states.states);
+    for (int i = 0; i < kValues; ++i) prefetch(path.states.value[i]);
+  }
+}
+
+template <class Kind, int kStates, bool kCounts>
+bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& path,
+                        [[maybe_unused]] Shards::Seen* seen) {
+  constexpr bool kDistributed = std::is_same_v<Kind, LocalShards>;
+  constexpr int kStreams = kState + kStates;
+  const auto place = [&] { return Place{group.number, index}; };
+  c10::TensorImpl* tensor = impl_of(param);
+  const at::Tensor* grad = grad_slot(*tensor);
+  if (grad == nullptr || !grad->defined()) [[unlikely]]
+    return true;
+  if (!group.options.readable) [[unlikely]] {
+    options_.refuse(place(), group.dict, param);
+    return false;
+  }
+  c10::TensorImpl* grad_tensor = grad->unsafeGetTensorImpl();
+  PyObject* grad_object = object_of(*grad_tensor);
+  if (path.grad != grad_tensor) new_grads_ = true;
+  path.param = param;
+  path.grad_slot = grad;
+  path.grad = grad_tensor;
+  path.grad_object = grad_object;
+  Subject subject;
+  subject.streams = kStreams;
+  if constexpr (kDistributed) {
+    if (!Kind::is(param) || grad_object == nullptr || !Kind::is(grad_object)) return false;
+    subject.tensor[kParam] = Kind::memory(param);
+    subject.tensor[kGrad] = Kind::memory(grad_object);
+  } else {
+    if (grad_object != nullptr && !Kind::is(grad_object)) [[unlikely]]
+      return false;
+    subject.tensor[kParam] = tensor;
+    subject.tensor[kGrad] = grad_tensor;
+  }
+  if constexpr (kStates + kCounts > 0) {
+    const int structure = group.options.structure;
+    c10::TensorImpl** states = subject.tensor + kState;
+    if (!states_.recall<Kind, kStates, kCounts>(param, structure, path.states, states))
+        [[unlikely]] {
+      const auto found = states_.find<Kind>(place(), param, structure, path.states, states);
+      if (found == States::Found::kForeign) return false;
+      if (found == States::Found::kSome) {
+        if constexpr (kDistributed) return plan_first_shard(place(), group, subject, path, *seen);
+        return plan_first(place(), group, subject, subject.tensor, path.states, birth(group), {});
+      }
+    }
+  }
+  Owners owners = subject.tensor;
+  [[maybe_unused]] c10::TensorImpl* wholes[kStreams];
+  if constexpr (kDistributed) {
+    PyObject* streams[kStreams] = {param, grad_object};
+    std::copy_n(path.states.value, kStates, streams + kState);
+    if (!shards_.alike(streams, *seen)) return false;
+    if (!LocalShards::find_wholes(streams, kStreams, wholes)) return false;
+    owners = wholes;
+  }
+  Moment moment;
+  if constexpr (kCounts) {
+    c10::TensorImpl& counter = *subject.tensor[kStreams];
+    if (!plan_.counters().read(counter, moment.step)) [[unlikely]] {
+      check_counter(place(), counter);
+      return false;
+    }
+  }
+  if (!plan_.add<kStates>(update_of<kCounts>(group, moment), place(), subject, owners))
+    return false;
+  if constexpr (kCounts) plan_.counters().keep();
+  return true;
+}
+
+// A parameter that is distributed over processes, of which this one holds a shard.
+template <int kStates, bool kCounts>
+[[gnu::flatten]] bool Walker::plan_shard(Group& group, Py_ssize_t index, PyObject* param,
+                                         Path* path, Shards::Seen* seen) {
+  const Path& far = path[kFar];
+  LocalShards::fetch(far.param);
+  LocalShards::fetch(far.grad_object);
+  for (int i = 0; i < kStates; ++i) LocalShards::fetch(far.states.value[i]);
+  Shards::fetch<kState + kStates>(seen[kAhead]);
+  prefetch<kHeadBytes>(path[kAhead].grad);
+  plan_.fetch_owners<kStates>();
+  return plan_param<LocalShards, kStates, kCounts>(group, index, param, *path, seen);
+}
+
+// --- the first step of a parameter --------------------------------------------------------------
+
+Birth Walker::birth(const Group& group) const {
+  return {rule_.new_state(group.options.hypers), fill_value_, group.options.maximize};
+}
+
+// The states of a shard are distributed tensors, and making those runs Python code: that is done
+// between two walks.
+bool Walker::plan_first_shard(Place place, Group& group, Subject& subject, const Path& path,
+                              Shards::Seen& seen) {
+  PyObject* param = path.states.param;
+  const auto* made =
+      shards_.made_for(param, rule_.structures[group.options.structure], birth(group));
+  if (made == nullptr) return false;
+  PyObject* streams[kMaxStreams] = {param, path.grad_object};
+  for (std::size_t i = 0; i < made->size(); ++i) {
+    streams[static_cast<std::size_t>(kState) + i] = object_of(*(*made)[i].unsafeGetTensorImpl());
+  }
+  if (!shards_.look(streams, subject.streams, seen)) return false;
+  for (int s = kState; s < subject.streams; ++s) {
+    subject.tensor[s] = LocalShards::memory(streams[s]);
+  }
+  c10::TensorImpl* wholes[kMaxStreams];
+  return LocalShards::find_wholes(streams, subject.streams, wholes) &&
+         plan_first(place, group, subject, wholes, path.states, {}, *made);
+}
+
+// Makes the states, but for those that were made before, and the counter.
+bool Walker::plan_first(Place place, Group& group, Subject& subject, Owners owners,
+                        const StatesSeen& seen, const Birth& birth,
+                        const std::vector<at::Tensor>& made) {
+  Creation& creation = states_.create(seen, group.options.structure);
+  std::copy(made.begin(), made.end(), creation.value);
+  Moment moment;
+  moment.first = !rule_.counts;
+  if (rule_.counts) {
+    at::Tensor& counter = creation.value[subject.streams - kState] = new_counter(group.dict);
+    // One made in inference mode cannot be read: torch knows when it may be written.
+    if (!counter.defined() || !plan_.counters().read(*counter.unsafeGetTensorImpl(), moment.step)) {
+      states_.create_no_more();
+      return false;
+    }
+  }
+  const Update& update = find_update(group, moment);
+  if (!plan_.add_creating(update, place, subject, owners, birth, creation.value)) {
+    states_.create_no_more();
+    return false;
+  }
+  if (rule_.counts) plan_.counters().keep();
+  return true;
+}
+
+// Stock keeps counters on the CPU, in float64 where that is the default dtype. Undefined where only
+// stock can tell.
+at::Tensor Walker::new_counter(PyObject* group) {
+  PyObject* option = fused_.optional_in(group);
+  bool fused = false;
+  if (option != nullptr && !read_flag(option, fused)) return {};
+  const bool is_double = c10::get_default_dtype_as_scalartype() == at::kDouble && !fused;
+  return at::scalar_tensor(0, is_double ? at::kDouble : at::kFloat);
+}
+
+// --- all parameters of a group ------------------------------------------------------------------
+
+// Flat: GCC would call torch's accessors, each of them a few instructions, for their slow paths.
+template <int kStates, bool kCounts>
+[[gnu::flatten]] void Walker::plan_params(Group& group, std::size_t& number) {
+  PyObject* params = group.options.params;
+  const std::size_t needed = number + static_cast<std::size_t>(PyList_GET_SIZE(params)) + kFar;
+  if (paths_.size() < needed) paths_.resize(needed);
+  if (LocalShards::are_known() && shards_seen_.size() < needed) shards_seen_.resize(needed);
+  const bool grads_are_new = grads_are_new_;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++number) {
+    Path* path = &paths_[number];
+    fetch<kStates + (kCounts ? 1 : 0)>(path[kFar]);
+    if (grads_are_new) {
+      const Lookahead ahead(params, i);
+      ahead.fetch_grad(kAhead);
+      ahead.fetch_grad_storage(kAhead / 2);
+    }
+    PyObject* param = PyList_GET_ITEM(params, i);
+    bool planned;
+    if (exact_tensor(param)) [[likely]] {
+      planned = plan_param<PlainTensors, kStates, kCounts>(group, i, param, *path, nullptr);
+    } else if (LocalShards::is_distributed(param)) {
+      planned = plan_shard<kStates, kCounts>(group, i, param, path, &shards_seen_[number]);
+    } else {
+      planned = !strangers_.has_grad(param);
+    }
+    if (!planned) [[unlikely]]
+      leave_to_stock({group.number, i}, param);
+  }
+}
+
+template <bool kCounts, int... kStates>
+void Walker::plan_params(Group& group, std::size_t& number, int states,
+                         std::integer_sequence<int, kStates...>) {
+  ((states == kStates && (plan_params<kStates, kCounts>(group, number), true)) || ...);
+}
+
+void Walker::plan_group(Group& group, std::size_t& number) {
+  constexpr std::make_integer_sequence<int, kMaxStates + 1> kCases;
+  const int states = rule_.structures[group.options.structure].count;
+  if (rule_.counts) {
+    plan_params<true>(group, number, states, kCases);
+  } else {
+    plan_params<false>(group, number, states, kCases);
+  }
+}
+
+}  // namespace fastsgd
