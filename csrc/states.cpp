@@ -12,6 +12,7 @@ void States::begin(PyObject* state) {
   state_ = state;
   version_ = version_of(state);
   map_.begin(state);
+  clear();
 }
 
 std::string States::value_name(const Structure& structure, int value) const {

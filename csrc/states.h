@@ -37,9 +37,9 @@ class States {
  public:
   explicit States(const Rule& rule);
 
-  // The optimizer's state, for this step.
+  // The optimizer's state, for this walk.
   void begin(PyObject* state);
-  // Lets go of what a step has left.
+  // Lets go of what a walk has left.
   void clear() { creations_.clear(); }
 
   // The memory of the parameter's states as they were seen, if nothing can have changed since; and
