@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from twins import check_state, random_grad
 
+from fastsgd import _C, SGD
+
 if not torch.distributed.is_available():
     pytest.skip("torch was built without distributed", allow_module_level=True)
 
@@ -313,7 +315,7 @@ def train_half_shards() -> None:
                     for p, copy in zip(params, copies, strict=True):
                         copy.grad = None if p.grad is None else local(p.grad).clone()
                     versions = [p._version for p in params]
-                    ours.step()
+                    assert _C.step_or_route(ours) is None, "the kernels step all"
                     plain.step()
                     for p, copy, version in zip(params, copies, versions, strict=True):
                         assert_equal(local(p).detach(), copy.detach())
@@ -396,6 +398,32 @@ def train_on_a_mesh_each() -> None:
 def test_a_mesh_each(tmp_path: Path) -> None:
     """Meshes that this process is no part of."""
     workers.run(train_on_a_mesh_each, tmp_path)
+
+
+def step_with_a_state_of_inference_mode() -> None:
+    """Worker: a state whose shard is an ordinary tensor, but not the whole."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = Parameter(DTensor.from_local(torch.randn(33, 5), mesh, [Shard(0)]))
+    plain = Parameter(torch.randn(9))
+    optimizer = SGD([plain, p], lr=0.1, momentum=0.9)
+    for q in (plain, p):
+        q.grad = torch.ones_like(q)
+    optimizer.step()
+    shard = local(optimizer.state[p]["momentum_buffer"])
+    with torch.inference_mode():
+        whole = DTensor.from_local(shard, mesh, [Shard(0)], run_check=False)
+    optimizer.state[p]["momentum_buffer"] = whole
+    assert whole.is_inference()
+    assert not local(whole).is_inference()
+    before = [t.detach().clone() for t in (plain, local(p))]
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        optimizer.step()
+    assert_equal([plain.detach(), local(p).detach()], before)
+
+
+def test_a_state_of_inference_mode(tmp_path: Path) -> None:
+    """Stock's error, and no parameter written, where a whole has no version to count writes by."""
+    workers.run(step_with_a_state_of_inference_mode, tmp_path)
 
 
 def operators_of(act: Callable[[], Any]) -> list[str]:
