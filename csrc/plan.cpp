@@ -37,13 +37,13 @@ at::Tensor new_state(const Birth& birth, c10::TensorImpl& param, c10::TensorImpl
   }
   const at::Tensor g = of(grad);
   const bool alike = grad.is_contiguous() && grad.strides() == param.strides();
-  if (alike || (birth.how == NewState::kOfGrad && !birth.maximize)) return at::empty_like(g);
+  if (alike || (!birth.adds_param && !birth.maximize)) return at::empty_like(g);
   const auto shape_of = [](const c10::TensorImpl& tensor) {
     return at::empty_strided(tensor.sizes(), tensor.strides(), at::device(at::kMeta));
   };
   at::Tensor like = shape_of(grad);
   if (birth.maximize) like = at::neg(like);
-  if (birth.how == NewState::kOfGradAndParam) like = at::add(like, shape_of(param));
+  if (birth.adds_param) like = at::add(like, shape_of(param));
   return at::empty_strided(like.sizes(), like.strides(), g.options().requires_grad(false));
 }
 
@@ -78,13 +78,12 @@ void Plan::grow() {
 }
 
 bool Plan::add_unusual(const Update& update, Place place, const Subject& subject, Owners owners) {
-  return check_kinds(place, *update.structure, subject, update.writes_grad) &&
-         add_checked(update, place, subject, owners);
+  return check_kinds(place, update, subject) && add_checked(update, place, subject, owners);
 }
 
 bool Plan::add_creating(const Update& update, Place place, Subject& subject, Owners owners,
                         const Birth& birth, at::Tensor* created) {
-  if (!check_kinds(place, *update.structure, subject, update.writes_grad)) return false;
+  if (!check_kinds(place, update, subject)) return false;
   for (int s = kState; s < subject.streams; ++s) {
     if (subject.tensor[s] != nullptr) continue;
     created[s - kState] = new_state(birth, *subject.tensor[kParam], *subject.tensor[kGrad]);

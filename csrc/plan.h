@@ -20,16 +20,18 @@
 
 namespace fastsgd {
 
-// How some parameters are updated: those of one group, at one step of theirs.
-struct Update {
-  const Structure* structure = nullptr;
-  const Kernel* kernels = nullptr;  // by storage type
-  std::int32_t row = -1;
-  bool writes_grad = false;
-};
-
 // For each stream of a parameter, the tensor whose version counts the writes to it.
 using Owners = c10::TensorImpl* const*;
+
+// Whether they count those of an update: tensors that were made in inference mode have no version.
+inline bool count_writes(Owners owners, int streams, bool writes_grad) {
+  bool all = true;
+#pragma GCC unroll 8
+  for (int s = 0; s < streams; ++s) {
+    all &= (s == kGrad && !writes_grad) || owners[s]->version_counter().enabled();
+  }
+  return all;
+}
 
 class Plan {
  public:

@@ -30,16 +30,16 @@ struct State {
 
 // How a new state comes to be: stock makes each from some tensor, and states are stock's.
 enum class NewState {
-  kOfGrad,          // a copy of the gradient
-  kOfGradAndParam,  // of their sum
-  kFilled,          // like the parameter, filled with zeros or the rule's kFill
+  kOfGrad,  // a copy of the gradient, as it is when the rule comes to use it
+  kFilled,  // like the parameter, filled with zeros or the rule's kFill
 };
 
 // How new states of a parameter come to be.
 struct Birth {
   NewState how = NewState::kFilled;
   double fill = 0;
-  bool maximize = false;  // the sign of the gradient is turned first
+  bool maximize = false;    // the sign of the gradient is turned first
+  bool adds_param = false;  // and then a multiple of the parameter is added to it
 };
 
 // When in a parameter's life a step is taken.
@@ -88,10 +88,12 @@ struct Rule {
   bool counts = false;         // it has a state "step" besides, which counts a parameter's steps
   const char* fill = nullptr;  // the default that new states are filled with; null for zero
   const char* sparse_error = nullptr;  // stock's, for a sparse gradient; null where it takes them
+  NewState new_state = NewState::kFilled;
   Structure structures[kMaxStructures] = {};
   // The structure that these hyper-parameters ask for.
   int (*structure)(const Number* hypers);
-  NewState (*new_state)(const Number* hypers);
+  // Whether they add a multiple of the parameter to the gradient, which may be of another dtype.
+  bool (*adds_param)(const Number* hypers);
   // Computes the scalars of a step into `row`.
   void (*scalars)(const Number* hypers, const Moment& moment, Row& row);
 };

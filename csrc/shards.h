@@ -35,16 +35,6 @@ struct LocalShards {
   // How it is sharded.
   static PyObject* spec(PyObject* object) { return slot(object, spec_slot); }
 
-  // The DTensors themselves, whose versions count the writes to their shards; false where one has
-  // no version, as it was made in inference mode.
-  static bool find_wholes(PyObject* const* objects, int count, c10::TensorImpl** wholes) {
-    bool all = true;
-    for (int i = 0; i < count; ++i) {
-      wholes[i] = impl_of(objects[i]);
-      all &= wholes[i]->version_counter().enabled();
-    }
-    return all;
-  }
   // The part of an object that a plain tensor does not have.
   static FASTSGD_PREFETCHING void fetch(const void* object) {
     prefetch(static_cast<const char*>(object) + local_slot);
@@ -87,9 +77,10 @@ class Shards {
     bool same = seen.epoch == epoch_;
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) {
-      const Seen::Stream now{LocalShards::spec(streams[i]), LocalShards::shard(streams[i])};
-      same &= seen.stream[i].spec == now.spec;
-      seen.stream[i] = now;
+      same &= seen.stream[i].spec == LocalShards::spec(streams[i]);
+      PyObject* shard = LocalShards::shard(streams[i]);
+      if (seen.stream[i].shard != shard) [[unlikely]]
+        seen.stream[i].shard = shard;
     }
     if (same) [[likely]]
       return true;

@@ -24,6 +24,23 @@ bool expands_to(at::IntArrayRef from, at::IntArrayRef to) {
   return true;
 }
 
+// Throws where a tensor that was made in inference mode is to be written outside of it.
+void check_inference_mode(Place place, const std::string& name) {
+  TORCH_CHECK(c10::InferenceMode::is_enabled(), at_place(place), ": ", name,
+              " is an inference tensor. Inplace update to inference tensor outside InferenceMode "
+              "is not allowed. You can make a clone to get a normal tensor before doing inplace "
+              "update.");
+}
+
+// Whether stock, which interpolates from the state to the gradient, finds them of one dtype.
+bool can_be_lerped(at::ScalarType state, const c10::TensorImpl& grad, const c10::TensorImpl& param,
+                   bool adds_param) {
+  const auto of_grad = c10::typeMetaToScalarType(grad.dtype());
+  if (!adds_param) return state == of_grad;
+  if (grad.dim() != param.dim()) return true;  // promotion then has more rules
+  return state == c10::promoteTypes(of_grad, c10::typeMetaToScalarType(param.dtype()));
+}
+
 }  // namespace
 
 bool same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b) {
@@ -43,8 +60,8 @@ std::string stream_name(const Structure& structure, int stream) {
   return c10::str("its state '", structure.state[stream - kState].name, "'");
 }
 
-bool check_kinds(Place place, const Structure& structure, const Subject& subject,
-                 bool writes_grad) {
+bool check_kinds(Place place, const Update& update, const Subject& subject) {
+  const Structure& structure = *update.structure;
   const c10::TensorImpl& param = *subject.tensor[kParam];
   if (!is_plain(param) && !is_plain_inference(param)) return false;
   bool takes = storage_type(param).has_value();
@@ -56,12 +73,7 @@ bool check_kinds(Place place, const Structure& structure, const Subject& subject
                 " but ", name(), " is on ", tensor.device(),
                 ". Expected all tensors to be on the same device.");
     if (is_plain_inference(tensor)) {
-      const bool written = s != kGrad || writes_grad;
-      TORCH_CHECK(
-          !written || c10::InferenceMode::is_enabled(), at_place(place), ": ", name(),
-          " is an inference tensor. Inplace update to inference tensor outside "
-          "InferenceMode is not allowed. You can make a clone to get a normal tensor before "
-          "doing inplace update.");
+      if (s != kGrad || update.writes_grad) check_inference_mode(place, name());
     } else if (!is_plain(tensor)) {
       takes = false;  // sparse, a subclass, ...: only its own operators know what fits
       continue;
@@ -78,22 +90,37 @@ bool check_kinds(Place place, const Structure& structure, const Subject& subject
                 ", to which that does not broadcast. Was the parameter's data swapped?");
     const auto of_param = c10::typeMetaToScalarType(param.dtype());
     const auto of_state = c10::typeMetaToScalarType(tensor.dtype());
-    const bool casts = at::isFloatingType(of_state) || !at::isFloatingType(of_param);
-    TORCH_CHECK((casts && !structure.state[s - kState].lerped) || of_state == of_param,
-                at_place(place), " has dtype ", of_param, " but ", name(), " has dtype ", of_state,
+    TORCH_CHECK(at::isFloatingType(of_state) || !at::isFloatingType(of_param), at_place(place),
+                " has dtype ", of_param, " but ", name(), " has dtype ", of_state,
                 ", whose result can't be cast to it. Is the checkpoint corrupt?");
   }
+  const c10::TensorImpl& grad = *subject.tensor[kGrad];
+  if (!is_plain(grad) && !is_plain_inference(grad)) return false;
+  for (int s = kState; s < subject.streams; ++s) {
+    if (!structure.state[s - kState].lerped) continue;
+    // One that is still to be made has the parameter's dtype.
+    const c10::TensorImpl* state = subject.tensor[s];
+    const auto of_state = c10::typeMetaToScalarType((state == nullptr ? param : *state).dtype());
+    TORCH_CHECK(can_be_lerped(of_state, grad, param, update.adds_param), at_place(place),
+                " has a grad of dtype ", c10::typeMetaToScalarType(grad.dtype()), " but ",
+                stream_name(structure, s), " has dtype ", of_state,
+                ", which is not averaged with it. Cast one of them to the other's dtype.");
+  }
   return takes;
+}
+
+void check_wholes(Place place, const Structure& structure, c10::TensorImpl* const* wholes,
+                  int streams, bool writes_grad) {
+  for (int s = 0; s < streams; ++s) {
+    if ((s == kGrad && !writes_grad) || wholes[s]->version_counter().enabled()) continue;
+    check_inference_mode(place, stream_name(structure, s));
+  }
 }
 
 void check_counter(Place place, const c10::TensorImpl& counter) {
   TORCH_CHECK(counter.numel() == 1, at_place(place), ": its state 'step' has shape ",
               counter.sym_sizes(), ", and must be one number. Is the checkpoint corrupt?");
-  TORCH_CHECK(
-      !is_plain_inference(counter) || c10::InferenceMode::is_enabled(), at_place(place),
-      ": its state 'step' is an inference tensor. Inplace update to inference tensor outside "
-      "InferenceMode is not allowed. You can make a clone to get a normal tensor before "
-      "doing inplace update.");
+  if (is_plain_inference(counter)) check_inference_mode(place, "its state 'step'");
   TORCH_CHECK(!is_plain(counter) || static_cast<std::int64_t>(counter.storage().nbytes()) >=
                                         (counter.storage_offset() + 1) *
                                             static_cast<std::int64_t>(counter.itemsize()),

@@ -23,6 +23,15 @@ struct Subject {
   int streams;
 };
 
+// How some parameters are updated: those of one group, at one step of theirs.
+struct Update {
+  const Structure* structure = nullptr;
+  const Kernel* kernels = nullptr;  // by storage type
+  std::int32_t row = -1;
+  bool writes_grad = false;
+  bool adds_param = false;  // to the gradient
+};
+
 // How the kernels call the tensor's dtype, if they know it.
 inline std::optional<Storage> storage_type(const c10::TensorImpl& tensor) {
   const caffe2::TypeMeta type = tensor.dtype();
@@ -53,7 +62,12 @@ std::string stream_name(const Structure& structure, int stream);
 
 // Whether kernels can take the tensors of a parameter: plain ones of one dtype and one shape.
 // Throws where stock could not take them either.
-bool check_kinds(Place place, const Structure& structure, const Subject& subject, bool writes_grad);
+bool check_kinds(Place place, const Update& update, const Subject& subject);
+
+// Throws where stock could not write to a tensor, of which a shard lies here, as it was made in
+// inference mode.
+void check_wholes(Place place, const Structure& structure, c10::TensorImpl* const* wholes,
+                  int streams, bool writes_grad);
 
 // Throws where stock could not count a step with this tensor.
 void check_counter(Place place, const c10::TensorImpl& counter);

@@ -84,6 +84,7 @@ class Walker {
   template <class Kind, int kStates, bool kCounts>
   [[gnu::always_inline]] inline bool plan_param(Group& group, Py_ssize_t index, PyObject* param,
                                                 Path& path, Shards::Seen* seen);
+  // Out of line, as GCC would else keep the variables of what is rare on the usual way's stack.
   template <int kStates, bool kCounts>
   [[gnu::noinline]] bool plan_shard(Group& group, Py_ssize_t index, PyObject* param, Path* path,
                                     Shards::Seen* seen);

@@ -42,7 +42,7 @@ Update Walker::make_update(const GroupOptions& options, const Moment& moment) {
   row.unscale = scaling_.unscale;
   row.maximize = options.maximize;
   return {&rule_.structures[options.structure], kernels().step[rule_number_][options.structure],
-          plan_.add_row(row), scaling_.unscale};
+          plan_.add_row(row), scaling_.unscale, rule_.adds_param(options.hypers)};
 }
 
 // --- one parameter ------------------------------------------------------------------------------
@@ -110,7 +110,14 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
     PyObject* streams[kStreams] = {param, grad_object};
     std::copy_n(path.states.value, kStates, streams + kState);
     if (!shards_.alike(streams, *seen)) return false;
-    if (!LocalShards::find_wholes(streams, kStreams, wholes)) return false;
+    wholes[kParam] = tensor;
+    wholes[kGrad] = grad_tensor;
+    for (int s = kState; s < kStreams; ++s) wholes[s] = impl_of(streams[s]);
+    if (!count_writes(wholes, kStreams, scaling_.unscale)) [[unlikely]] {
+      check_wholes(place(), rule_.structures[group.options.structure], wholes, kStreams,
+                   scaling_.unscale);
+      return false;
+    }
     owners = wholes;
   }
   Moment moment;
@@ -144,7 +151,8 @@ template <int kStates, bool kCounts>
 // --- the first step of a parameter --------------------------------------------------------------
 
 Birth Walker::birth(const Group& group) const {
-  return {rule_.new_state(group.options.hypers), fill_value_, group.options.maximize};
+  return {rule_.new_state, fill_value_, group.options.maximize,
+          rule_.adds_param(group.options.hypers)};
 }
 
 // The states of a shard are distributed tensors, and making those runs Python code: that is done
@@ -160,11 +168,12 @@ bool Walker::plan_first_shard(Place place, Group& group, Subject& subject, const
     streams[static_cast<std::size_t>(kState) + i] = object_of(*(*made)[i].unsafeGetTensorImpl());
   }
   if (!shards_.look(streams, subject.streams, seen)) return false;
-  for (int s = kState; s < subject.streams; ++s) {
+  c10::TensorImpl* wholes[kMaxStreams];
+  for (int s = kParam; s < subject.streams; ++s) {
+    wholes[s] = impl_of(streams[s]);
     subject.tensor[s] = LocalShards::memory(streams[s]);
   }
-  c10::TensorImpl* wholes[kMaxStreams];
-  return LocalShards::find_wholes(streams, subject.streams, wholes) &&
+  return count_writes(wholes, subject.streams, scaling_.unscale) &&
          plan_first(place, group, subject, wholes, path.states, {}, *made);
 }
 

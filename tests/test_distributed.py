@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from twins import check_state, random_grad
 
-from fastsgd import _C, SGD
+from fastsgd import _C
 
 if not torch.distributed.is_available():
     pytest.skip("torch was built without distributed", allow_module_level=True)
@@ -400,30 +400,36 @@ def test_a_mesh_each(tmp_path: Path) -> None:
     workers.run(train_on_a_mesh_each, tmp_path)
 
 
-def step_with_a_state_of_inference_mode() -> None:
-    """Worker: a state whose shard is an ordinary tensor, but not the whole."""
+def step_with_states_of_inference_mode() -> None:
+    """Worker: each state in turn one whose shard is an ordinary tensor, but not the whole."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    p = Parameter(DTensor.from_local(torch.randn(33, 5), mesh, [Shard(0)]))
-    plain = Parameter(torch.randn(9))
-    optimizer = SGD([plain, p], lr=0.1, momentum=0.9)
-    for q in (plain, p):
-        q.grad = torch.ones_like(q)
-    optimizer.step()
-    shard = local(optimizer.state[p]["momentum_buffer"])
-    with torch.inference_mode():
-        whole = DTensor.from_local(shard, mesh, [Shard(0)], run_check=False)
-    optimizer.state[p]["momentum_buffer"] = whole
-    assert whole.is_inference()
-    assert not local(whole).is_inference()
-    before = [t.detach().clone() for t in (plain, local(p))]
-    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
-        optimizer.step()
-    assert_equal([plain.detach(), local(p).detach()], before)
+    with each_row() as rows:
+        for row in rows:
+            p = Parameter(DTensor.from_local(torch.randn(33, 5), mesh, [Shard(0)]))
+            plain = Parameter(torch.randn(9))
+            optimizer = row.ours([plain, p], **row.rich)
+            for q in (plain, p):
+                q.grad = torch.ones_like(q)
+            optimizer.step()
+            for name in row.states:
+                ordinary = optimizer.state[p][name]
+                with torch.inference_mode():
+                    whole = DTensor.from_local(local(ordinary), mesh, [Shard(0)], run_check=False)
+                assert whole.is_inference()
+                assert not local(whole).is_inference()
+                optimizer.state[p][name] = whole
+                states = [local(v) for s in optimizer.state.values() for v in s.values()]
+                before = [t.detach().clone() for t in (plain, local(p), *states)]
+                with pytest.raises(RuntimeError, match=rf"\[1\].*'{name}' is an inference tensor"):
+                    optimizer.step()
+                assert_equal([t.detach() for t in (plain, local(p), *states)], before)
+                optimizer.state[p][name] = ordinary
+            optimizer.step()
 
 
-def test_a_state_of_inference_mode(tmp_path: Path) -> None:
-    """Stock's error, and no parameter written, where a whole has no version to count writes by."""
-    workers.run(step_with_a_state_of_inference_mode, tmp_path)
+def test_states_of_inference_mode(tmp_path: Path) -> None:
+    """Stock's error, and nothing written, where a whole has no version to count writes by."""
+    workers.run(step_with_states_of_inference_mode, tmp_path)
 
 
 def operators_of(act: Callable[[], Any]) -> list[str]:

@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import io
+import itertools
 import json
 import pickle
 import warnings
@@ -1145,8 +1146,38 @@ def test_grad_of_another_dtype(row: Row, dtype: torch.dtype, grad_dtype: torch.d
 
         twins = Twins(row, build, **options)
         for _ in range(3):
-            if not twins.step_if_allowed(halfway=True):
+            if not twins.step_if_allowed():
                 break
+            twins.check()
+
+
+@pytest.mark.parametrize("state_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+def test_states_of_another_dtype(
+    row: Row, dtype: torch.dtype, grad_dtype: torch.dtype, state_dtype: torch.dtype
+) -> None:
+    """States of any dtype, as somebody has entered them: stock casts or refuses, so do we."""
+    for options, weight_decay in itertools.product(({}, *row.structures), (0, 0.1)):
+
+        def build() -> list[Tensor]:
+            p = Parameter(torch.randn(131, dtype=grad_dtype))
+            p.grad = torch.randn(131, dtype=grad_dtype)
+            p.data = p.data.to(dtype)
+            return [Parameter(torch.randn(3)), p]
+
+        def enter_states(optimizer: torch.optim.Optimizer) -> None:
+            first, p = all_params(optimizer)
+            first.grad = torch.randn(3)
+            for q, its in ((first, torch.float32), (p, state_dtype)):
+                states = fresh_states(row, q.detach().to(torch.float32))
+                optimizer.state[q] = {k: v.to(its) for k, v in states.items() if k != "step"}
+                if row.counts:
+                    optimizer.state[q] = {"step": states["step"], **optimizer.state[q]}
+
+        twins = Twins(row, build, **{**options, "weight_decay": weight_decay})
+        twins.each(enter_states)
+        if twins.step_if_allowed():
             twins.check()
 
 

@@ -28,7 +28,7 @@ struct Adagrad {
   enum Structure { kSummed, kStructures };
   static int structure(const Number*) { return kSummed; }
   static constexpr StateSet states(int) { return 0b1; }
-  static NewState new_state(const Number*) { return NewState::kFilled; }
+  static bool adds_param(const Number* h) { return h[kWeightDecay].value != 0; }
   static constexpr const char* kFill = "initial_accumulator_value";
 
   template <class L>

@@ -33,7 +33,9 @@ struct Adam {
   enum Structure { kPlain, kPeaked, kStructures };
   static int structure(const Number* h) { return h[kAmsgrad].value != 0 ? kPeaked : kPlain; }
   static constexpr StateSet states(int structure) { return structure == kPeaked ? 0b111 : 0b011; }
-  static NewState new_state(const Number*) { return NewState::kFilled; }
+  static bool adds_param(const Number* h) {
+    return h[kWeightDecay].value != 0 && h[kDecoupled].value == 0;
+  }
   static constexpr const char* kSparseError =
       "Adam does not support sparse gradients, please consider SparseAdam instead";
 

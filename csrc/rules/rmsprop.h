@@ -35,7 +35,7 @@ struct RmsProp {
   static constexpr StateSet states(int structure) {
     return 0b001u | static_cast<StateSet>(structure) << 1;
   }
-  static NewState new_state(const Number*) { return NewState::kFilled; }
+  static bool adds_param(const Number* h) { return h[kWeightDecay].value != 0; }
   static constexpr const char* kSparseError = "RMSprop does not support sparse gradients";
 
   template <class L>

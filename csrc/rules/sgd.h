@@ -28,9 +28,8 @@ struct Sgd {
   static constexpr State kStates[] = {{"momentum_buffer"}};
   static int structure(const Number* h) { return h[kMomentum].value != 0 ? kBuffered : kPlain; }
   static constexpr StateSet states(int structure) { return structure == kBuffered ? 0b1 : 0b0; }
-  static NewState new_state(const Number* h) {
-    return h[kWeightDecay].value != 0 ? NewState::kOfGradAndParam : NewState::kOfGrad;
-  }
+  static bool adds_param(const Number* h) { return h[kWeightDecay].value != 0; }
+  static constexpr NewState kNewState = NewState::kOfGrad;
 
   template <class L>
   struct Scalars {

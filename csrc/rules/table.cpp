@@ -36,9 +36,10 @@ constexpr Rule describe() {
                .states = R::kStates,
                .state_count = static_cast<int>(std::size(R::kStates)),
                .structure = R::structure,
-               .new_state = R::new_state,
+               .adds_param = R::adds_param,
                .scalars = write_scalars<R>};
   if constexpr (requires { R::kCounts; }) rule.counts = R::kCounts;
+  if constexpr (requires { R::kNewState; }) rule.new_state = R::kNewState;
   if constexpr (requires { R::kFill; }) rule.fill = R::kFill;
   if constexpr (requires { R::kSparseError; }) rule.sparse_error = R::kSparseError;
   for (int i = 0; i < R::kStructures; ++i) rule.structures[i] = structure_of<R>(i);
