@@ -9,7 +9,9 @@
 #include <string>
 
 #include "cpu/engine.h"
+#include "modes.h"
 #include "plain.h"
+#include "pydict.h"
 #include "pytensor.h"
 #include "rules/table.h"
 #include "walk.h"
@@ -18,13 +20,13 @@ namespace fastsgd {
 namespace {
 
 // The Python object that holds an optimizer's walker.
-struct Holder {
+struct WalkerObject {
   PyObject_HEAD Walker* walker;
 };
 
 void delete_holder(PyObject* self) {
   PyTypeObject* type = Py_TYPE(self);
-  delete reinterpret_cast<Holder*>(self)->walker;
+  delete reinterpret_cast<WalkerObject*>(self)->walker;
   type->tp_free(self);
   Py_DECREF(type);
 }
@@ -40,7 +42,7 @@ PyTypeObject* holder_type() {
   static PyType_Slot slots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(delete_holder)},
                                 {Py_tp_methods, methods},
                                 {0, nullptr}};
-  static PyType_Spec spec = {"fastsgd._C.Walker", sizeof(Holder), 0,
+  static PyType_Spec spec = {"fastsgd._C.Walker", sizeof(WalkerObject), 0,
                              Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
   static PyObject* const type = PyType_FromSpec(&spec);
   return reinterpret_cast<PyTypeObject*>(type);
@@ -52,7 +54,12 @@ std::unique_ptr<Walker> new_walker(PyObject* optimizer) {
   if (text == nullptr) throw python_error();
   const int rule = find_rule(text);
   TORCH_CHECK_VALUE(rule >= 0, "this build of fastsgd has no rule called '", text, "'");
-  return std::make_unique<Walker>(rule);
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(optimizer));
+  bool foreign = false;
+  for (const char* own : {"param_groups", "state", "defaults"}) {
+    foreign |= PyObject_HasAttrString(type, own) != 0;
+  }
+  return std::make_unique<Walker>(rule, foreign);
 }
 
 // The walker of an optimizer: made at the first call, kept among the optimizer's attributes. It is
@@ -67,7 +74,7 @@ class Borrowed {
     PyTypeObject* type = holder_type();
     if (found != nullptr && Py_TYPE(found) == type) {
       holder_ = Ref::borrow(found);
-      walker_ = reinterpret_cast<Holder*>(found)->walker;
+      walker_ = reinterpret_cast<WalkerObject*>(found)->walker;
       if (!walker_->busy) return;
       lent_ = new_walker(optimizer);
       walker_ = lent_.get();
@@ -75,7 +82,7 @@ class Borrowed {
     }
     auto made = new_walker(optimizer);
     holder_ = Ref::steal(checked(type->tp_alloc(type, 0)));
-    walker_ = reinterpret_cast<Holder*>(holder_.get())->walker = made.release();
+    walker_ = reinterpret_cast<WalkerObject*>(holder_.get())->walker = made.release();
     if (PyDict_SetItem(attributes.get(), key.name(), holder_.get()) != 0) throw python_error();
   }
   Walker* operator->() const { return walker_; }
@@ -122,8 +129,7 @@ PyObject* zero_grad(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 PyMethodDef methods[] = {
     {"step", step, METH_O,
      "Step every parameter of an optimizer that has no hooks and is not profiled. Returns whether "
-     "it "
-     "did; where not, nothing was written."},
+     "it did; where not, nothing was written."},
     {"step_or_route", step_or_route, METH_O,
      "Step every parameter of an optimizer and return None; or write nothing and return, for each "
      "group, the indices of the parameters that only stock's path can take (no groups: all)."},
@@ -139,7 +145,11 @@ PyMethodDef methods[] = {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "fastsgd's fused steps.";
   fastsgd::watch_forks();
-  fastsgd::plain();  // learned now: at a step, a mode may be on that makes other tensors
+  // Learned now: at a step, a mode may be on that makes other tensors, and imports run Python code.
+  fastsgd::plain();
+  fastsgd::learn_dicts();
+  fastsgd::learn_modes();
+  fastsgd::Walker::learn_hooks();
   if (PyModule_AddFunctions(module.ptr(), fastsgd::methods) != 0) throw py::error_already_set();
   module.def(
       "instruction_set", [] { return std::string(fastsgd::kernels().instruction_set); },

@@ -41,7 +41,7 @@ class Counters {
     prefetch<kStorageBytes>(ahead.storage);
     prefetch(ahead.data);
     const int type = plain_.type_of(tensor);
-    if (type > 1 || Fields::count(tensor) != 1) [[unlikely]]
+    if (type > 1 || Fields::count(tensor) != 1 || !tensor.version_counter().enabled()) [[unlikely]]
       return false;
     c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
     const std::int64_t item_size = kItemSizes[type];

@@ -1,5 +1,7 @@
 #include "options.h"
 
+#include <cstring>
+
 #include "pytensor.h"
 
 namespace fastsgd {
@@ -26,6 +28,10 @@ bool read_scalar_tensor(PyObject* object, Number& number) {
       number.value = tensor.item<double>();
   }
   return true;
+}
+
+bool is_numpy_float(PyObject* object) {
+  return std::strcmp(Py_TYPE(object)->tp_name, "numpy.float64") == 0;
 }
 
 }  // namespace
@@ -68,17 +74,21 @@ OptionReader::Read OptionReader::read_number(PyObject* object, Hyper::Kind kind,
     number = flag ? 1.0 : 0.0;
   } else if (PyFloat_Check(object)) {
     number = PyFloat_AS_DOUBLE(object);
-    if (!PyFloat_CheckExact(object)) return Read::kMutable;  // a subclass may hold on to anything
+    if (!PyFloat_CheckExact(object)) {
+      // A subclass may compute in its own way, and hold on to anything. NumPy's does neither.
+      return is_numpy_float(object) ? Read::kMutable : Read::kNot;
+    }
   } else if (PyLong_CheckExact(object)) {
     number = PyLong_AsDouble(object);
     if (number.value == -1 && PyErr_Occurred()) throw python_error();
   } else {
     if (kind == Hyper::kNumber || !read_scalar_tensor(object, number)) return Read::kNot;
     const at::Tensor& tensor = tensor_of(object);
+    if (kind == Hyper::kNumberOrScalar && tensor.dim() != 0) return Read::kNot;
     const auto address = reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr());
     tensors_.push_back({address, address + tensor.itemsize()});
     const bool single = number.dtype == static_cast<std::int64_t>(at::kFloat);
-    return kind == Hyper::kNumberOrTensor || single ? Read::kMutable : Read::kNot;
+    return kind != Hyper::kNumberOrSingle || single ? Read::kMutable : Read::kNot;
   }
   seen.object = Ref::borrow(object);  // immutable, so the same object is the same value
   seen.number = number;
@@ -95,7 +105,7 @@ const GroupOptions& OptionReader::read(PyObject* group, std::size_t number) {
   options = {};
   options.params = params_.needed_in(group);
   seen.group = group;
-  seen.items = PyList_Check(options.params) ? &PyList_GET_ITEM(options.params, 0) : nullptr;
+  seen.items = PyList_CheckExact(options.params) ? &PyList_GET_ITEM(options.params, 0) : nullptr;
   seen.hypers.resize(hyper_keys_.size());
   options.readable = read_flag(maximize_.needed_in(group), options.maximize);
   // A group of a checkpoint may say so, and stock then computes some scalars in another way.
@@ -109,6 +119,7 @@ const GroupOptions& OptionReader::read(PyObject* group, std::size_t number) {
                                  options.hypers[i]);
     options.readable &= read != Read::kNot;
     constant &= read == Read::kConstant;
+    options.promotes |= options.hypers[i].dtype == static_cast<std::int64_t>(at::kDouble);
   }
   if (!options.readable) return options;
   options.structure = rule_.structure(options.hypers);
@@ -138,7 +149,7 @@ void OptionReader::refuse(Place place, PyObject* group, PyObject* param) {
     if (rule_.hypers[i].kind == Hyper::kFlag || rule_.hypers[i].element >= 0) continue;
     const char* name = rule_.hypers[i].name;
     PyObject* option = hyper_keys_[i].needed_in(group);
-    if (THPVariable_Check(option)) {
+    if (any_tensor(option)) {
       TORCH_CHECK_VALUE(tensor_of(option).numel() == 1, "param_groups[", place.group, "]['", name,
                         "']: Tensor ", name, " must be 1-element");
     } else {

@@ -23,13 +23,16 @@ struct GroupOptions {
   Number hypers[kMaxHypers];
   bool maximize = false;
   bool readable = false;  // false: an option only stock can interpret
+  bool promotes = false;  // a float64 tensor, with which parameters of no dimension are promoted
   int structure = 0;
 
   // Whether they are the same to the bit, and so make the same scalars; of whatever parameters.
   friend bool operator==(const GroupOptions& a, const GroupOptions& b) {
     return std::memcmp(a.hypers, b.hypers, sizeof(a.hypers)) == 0 && a.maximize == b.maximize &&
-           a.readable == b.readable && a.structure == b.structure;
+           a.readable == b.readable && a.promotes == b.promotes && a.structure == b.structure;
   }
+  // Whether parameters can be taken without a closer look at the options.
+  bool usual() const { return readable && !promotes; }
 };
 
 // What a GradScaler leaves on an optimizer that does its own unscaling.

@@ -78,12 +78,12 @@ void Plan::grow() {
 }
 
 bool Plan::add_unusual(const Update& update, Place place, const Subject& subject, Owners owners) {
-  return check_kinds(place, update, subject) && add_checked(update, place, subject, owners);
+  return check_kinds(place, update, subject, owners) && add_checked(update, place, subject, owners);
 }
 
 bool Plan::add_creating(const Update& update, Place place, Subject& subject, Owners owners,
                         const Birth& birth, at::Tensor* created) {
-  if (!check_kinds(place, update, subject)) return false;
+  if (!check_kinds(place, update, subject, owners)) return false;
   for (int s = kState; s < subject.streams; ++s) {
     if (subject.tensor[s] != nullptr) continue;
     created[s - kState] = new_state(birth, *subject.tensor[kParam], *subject.tensor[kGrad]);
@@ -178,10 +178,10 @@ bool Plan::lay_out(const Update& update, Place place, const Subject& subject, La
 
 bool Plan::add_zero(const at::Tensor& grad) {
   c10::TensorImpl& tensor = *grad.unsafeGetTensorImpl();
-  if (Fields::keys(tensor) != plain_.keys || !tensor.is_non_overlapping_and_dense()) {
+  if (Fields::keys(tensor) != plain_.keys || !tensor.is_non_overlapping_and_dense() ||
+      !tensor.version_counter().enabled()) {
     return false;
   }
-  if (tensor.numel() == 0) return true;
   c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
   const auto item_size = static_cast<std::int64_t>(tensor.itemsize());
   const std::int64_t offset = tensor.storage_offset() * item_size,

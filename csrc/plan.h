@@ -20,19 +20,6 @@
 
 namespace fastsgd {
 
-// For each stream of a parameter, the tensor whose version counts the writes to it.
-using Owners = c10::TensorImpl* const*;
-
-// Whether they count those of an update: tensors that were made in inference mode have no version.
-inline bool count_writes(Owners owners, int streams, bool writes_grad) {
-  bool all = true;
-#pragma GCC unroll 8
-  for (int s = 0; s < streams; ++s) {
-    all &= (s == kGrad && !writes_grad) || owners[s]->version_counter().enabled();
-  }
-  return all;
-}
-
 class Plan {
  public:
   // Forgets the last step, but not the memory that it took.
@@ -150,7 +137,8 @@ class Plan {
   const Plain plain_ = plain();
 
   // What is another than at the last answer of ordered(): a stream that is written, or the number
-  // of elements; one that is read; one that is read and the only one in memory of its own.
+  // of elements; one that is read; one that is read, of a tensor that stands nowhere else and is
+  // alone in memory of its own.
   bool moved_ = true, read_moved_ = true, own_read_moved_ = true;
   bool ordered_ = false;
   const c10::DeleterFnPtr free_ = c10::GetCPUAllocator()->raw_deleter();
@@ -166,6 +154,22 @@ class Plan {
 // The address of what a storage holds. One that is copied lazily is copied before it is written.
 inline char* data_of(c10::StorageImpl& storage, bool written) {
   return static_cast<char*>(written ? storage.mutable_data() : const_cast<void*>(storage.data()));
+}
+
+// Whether a gradient stands nowhere else: as a parameter, say, or as a state. Its Python object, if
+// it has one, counts as a holder, and is held by it alone unless Python code has it too; before
+// torch 2.13 that could not be told.
+inline bool is_alone(c10::TensorImpl& grad) {
+  const std::size_t holders = c10::raw::intrusive_ptr::use_count(&grad);
+  if (holders == 1) return true;
+  const auto only_here = [](const auto& slot) {
+    if constexpr (requires { slot.load_pyobj(); }) {
+      return slot.has_unique_reference();
+    } else {
+      return false;
+    }
+  };
+  return holders == 2 && only_here(*grad.pyobj_slot());
 }
 
 inline bool meet(const char* a, std::int64_t bytes_of_a, const char* b, std::int64_t bytes_of_b) {
@@ -188,7 +192,8 @@ void Plan::count_in(std::int64_t bytes, Traits traits, Owners owners) {
 }
 
 // The usual case, in few instructions: every tensor plain, contiguous, of one dtype and one shape,
-// its storage large enough and its own. False where anything differs; then nothing is noted.
+// its storage large enough and its own, and its writes counted. False where anything differs; then
+// nothing is noted.
 template <int kStreams>
 bool Plan::add_usual(const Update& update, const Subject& subject, Owners owners) {
   reserve();
@@ -223,7 +228,10 @@ bool Plan::add_usual(const Update& update, const Subject& subject, Owners owners
     const std::int64_t offset = Fields::offset(tensor) * item_size;
     if (static_cast<std::int64_t>(storage[s]->nbytes()) < offset + bytes) [[unlikely]]
       return false;
-    stream[s] = data_of(*storage[s], s != kGrad || update.writes_grad) + offset;
+    const bool written = s != kGrad || update.writes_grad;
+    if (written && !owners[s]->version_counter().enabled()) [[unlikely]]
+      return false;
+    stream[s] = data_of(*storage[s], written) + offset;
   }
 
   Run& run = runs_[used_];
@@ -237,8 +245,8 @@ bool Plan::add_usual(const Update& update, const Subject& subject, Owners owners
     for (int s = 0; s < kStreams; ++s) {
       if (s != kGrad || update.writes_grad) moved_ |= run.stream[s] != stream[s];
     }
-    const bool own =
-        is_allocated(*storage[kGrad]) && c10::raw::intrusive_ptr::use_count(storage[kGrad]) == 1;
+    const bool own = is_alone(*subject.tensor[kGrad]) && is_allocated(*storage[kGrad]) &&
+                     c10::raw::intrusive_ptr::use_count(storage[kGrad]) == 1;
     (own ? own_read_moved_ : read_moved_) = true;
 #pragma GCC unroll 8
     for (int s = 0; s < kStreams; ++s) {

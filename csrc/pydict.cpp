@@ -1,10 +1,41 @@
 #include "pydict.h"
 
+#include <structmember.h>
 #include <torch/csrc/Exceptions.h>
 
 #include <algorithm>
 
 namespace fastsgd {
+
+namespace {
+
+PyTypeObject* default_dict = nullptr;
+Py_ssize_t default_factory = 0;
+
+}  // namespace
+
+Py_ssize_t offset_of(PyTypeObject* type, const char* name) {
+  const Ref found = Ref::steal(PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), name));
+  PyErr_Clear();
+  if (!found || Py_TYPE(found.get()) != &PyMemberDescr_Type) return 0;
+  const PyMemberDef* member = reinterpret_cast<PyMemberDescrObject*>(found.get())->d_member;
+  return member->type == T_OBJECT || member->type == T_OBJECT_EX ? member->offset : 0;
+}
+
+void learn_dicts() {
+  const Ref module = Ref::steal(PyImport_ImportModule("collections"));
+  if (!module) throw python_error();
+  PyObject* type = PyObject_GetAttrString(module.get(), "defaultdict");  // kept for good
+  if (type == nullptr) throw python_error();
+  default_dict = reinterpret_cast<PyTypeObject*>(type);
+  default_factory = offset_of(default_dict, "default_factory");
+}
+
+bool is_dict_of_dicts(PyObject* object) {
+  return Py_TYPE(object) == default_dict && default_factory != 0 &&
+         *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + default_factory) ==
+             reinterpret_cast<PyObject*>(&PyDict_Type);
+}
 
 PyObject* DictKey::needed_in(PyObject* dict) {
   PyObject* value = in(dict);
@@ -20,7 +51,7 @@ PyObject* DictKey::search(PyObject* dict) {
     const bool same = key == name_.get();
     if (same || (PyUnicode_Check(key) && PyUnicode_Compare(key, name_.get()) == 0)) {
       position_ = before;
-      if (!same) equal_ = Ref::borrow(key);
+      if (!same && PyUnicode_CheckExact(key)) equal_ = Ref::borrow(key);  // its end runs no code
       return value;
     }
     before = position;

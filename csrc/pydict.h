@@ -38,6 +38,15 @@ inline bool exact_dict(PyObject* object) {
   return PyDict_CheckExact(object) || PyODict_CheckExact(object);
 }
 
+// A defaultdict that makes dicts, as torch keeps an optimizer's states in; to be asked once
+// learn_dicts() has been called.
+bool is_dict_of_dicts(PyObject* object);
+void learn_dicts();
+
+// Where objects of a type keep a member that is any object, as one in __slots__; 0 if it has none
+// of that name.
+Py_ssize_t offset_of(PyTypeObject* type, const char* name);
+
 // What Python before 3.14 calls a dictionary's version: no two dictionaries, and no two states of
 // one, have the same (PEP 509). So equal versions mean the same keys and the same values. 0 where
 // there is none to be had: a dictionary whose values lie elsewhere can change without it.

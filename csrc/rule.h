@@ -14,6 +14,7 @@ struct Hyper {
   enum Kind {
     kNumber,          // a Python int or float
     kNumberOrTensor,  // the same, or a floating point tensor of one element
+    kNumberOrScalar,  // the same, or one of no dimension
     kNumberOrSingle,  // the same, or a float32 tensor of one element
     kFlag,            // anything; its truth value counts
   };

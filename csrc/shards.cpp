@@ -2,7 +2,6 @@
 
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full_like.h>
-#include <structmember.h>
 
 #include <cstring>
 
@@ -11,14 +10,6 @@ namespace {
 
 // More than any model has parameters; where each backward makes new specs, they must not pile up.
 constexpr std::size_t kMaxSpecs = 1 << 16;
-
-// Where objects of a type keep what a name in its __slots__ refers to; 0 if there is no such name.
-Py_ssize_t offset_of(PyTypeObject* type, const char* name) {
-  PyObject* descriptor = PyDict_GetItemString(type->tp_dict, name);
-  if (descriptor == nullptr || Py_TYPE(descriptor) != &PyMemberDescr_Type) return 0;
-  const PyMemberDef* member = reinterpret_cast<PyMemberDescrObject*>(descriptor)->d_member;
-  return member->type == T_OBJECT_EX ? member->offset : 0;
-}
 
 PyObject* attribute(PyObject* object, const char* name) {
   return checked(PyObject_GetAttrString(object, name));

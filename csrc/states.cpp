@@ -29,7 +29,7 @@ States::Found States::find(Place place, PyObject* param, int structure, StatesSe
   seen.param = param;
   seen.states = map_.at(param, seen.position);
   if (seen.states == nullptr) return Found::kSome;
-  if (!PyDict_Check(seen.states)) return Found::kForeign;
+  if (!exact_dict(seen.states)) return Found::kForeign;
   const bool all_or_none = rule_.counts;
   if (all_or_none && PyDict_Size(seen.states) == 0) return Found::kSome;
   bool all = true;
@@ -48,7 +48,7 @@ States::Found States::find(Place place, PyObject* param, int structure, StatesSe
     }
     const bool counter = i == wanted.count;
     if (!(counter ? exact_tensor(state) : Kind::is(state))) {
-      TORCH_CHECK_TYPE(THPVariable_Check(state), at_place(place), ": ", value_name(wanted, i),
+      TORCH_CHECK_TYPE(any_tensor(state), at_place(place), ": ", value_name(wanted, i),
                        " must be a Tensor, not ", Py_TYPE(state)->tp_name,
                        ". Is the checkpoint corrupt?");
       return Found::kForeign;
@@ -93,6 +93,9 @@ void States::commit() {
       error.persist();
       for (std::size_t j = 0; j <= i; ++j) undo(creations_[j]);
       error.restore();
+      throw;
+    } catch (...) {
+      for (std::size_t j = 0; j <= i; ++j) undo(creations_[j]);
       throw;
     }
   }

@@ -19,7 +19,7 @@ struct StatesSeen {
   std::uint64_t version = 0, version_of_states = 0;  // of `state`, and of what it has for `param`
   PyObject* param = nullptr;
   PyObject* states = nullptr;
-  PyObject* value[kMaxStates + 1];
+  PyObject* value[kMaxStates + 1] = {};
   int structure = -1;
   Py_ssize_t position = 0;  // in `state`
 };

@@ -14,7 +14,7 @@ void Strangers::answer(PyObject* groups) {
     const Ref dict = Ref::borrow(PyList_GET_ITEM(groups, g));
     if (!exact_dict(dict.get())) return;
     const Ref params = Ref::borrow(params_.needed_in(dict.get()));
-    if (!PyList_Check(params.get())) return;
+    if (!PyList_CheckExact(params.get())) return;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.get()); ++i) {
       if (exact_tensor(PyList_GET_ITEM(params.get(), i))) continue;
       Ref param = Ref::borrow(PyList_GET_ITEM(params.get(), i));

@@ -24,7 +24,8 @@ bool expands_to(at::IntArrayRef from, at::IntArrayRef to) {
   return true;
 }
 
-// Throws where a tensor that was made in inference mode is to be written outside of it.
+// Throws where a tensor that was made in inference mode, and so counts no writes, is to be written
+// outside of it.
 void check_inference_mode(Place place, const std::string& name) {
   TORCH_CHECK(c10::InferenceMode::is_enabled(), at_place(place), ": ", name,
               " is an inference tensor. Inplace update to inference tensor outside InferenceMode "
@@ -60,7 +61,7 @@ std::string stream_name(const Structure& structure, int stream) {
   return c10::str("its state '", structure.state[stream - kState].name, "'");
 }
 
-bool check_kinds(Place place, const Update& update, const Subject& subject) {
+bool check_kinds(Place place, const Update& update, const Subject& subject, Owners owners) {
   const Structure& structure = *update.structure;
   const c10::TensorImpl& param = *subject.tensor[kParam];
   if (!is_plain(param) && !is_plain_inference(param)) return false;
@@ -72,9 +73,11 @@ bool check_kinds(Place place, const Update& update, const Subject& subject) {
     TORCH_CHECK(tensor.device() == param.device(), at_place(place), " is on ", param.device(),
                 " but ", name(), " is on ", tensor.device(),
                 ". Expected all tensors to be on the same device.");
-    if (is_plain_inference(tensor)) {
-      if (s != kGrad || update.writes_grad) check_inference_mode(place, name());
-    } else if (!is_plain(tensor)) {
+    const bool written = s != kGrad || update.writes_grad;
+    if (written && owners[s] != nullptr && !owners[s]->version_counter().enabled()) {
+      check_inference_mode(place, name());
+    }
+    if (!is_plain(tensor) && !is_plain_inference(tensor)) {
       takes = false;  // sparse, a subclass, ...: only its own operators know what fits
       continue;
     }
@@ -90,8 +93,9 @@ bool check_kinds(Place place, const Update& update, const Subject& subject) {
                 ", to which that does not broadcast. Was the parameter's data swapped?");
     const auto of_param = c10::typeMetaToScalarType(param.dtype());
     const auto of_state = c10::typeMetaToScalarType(tensor.dtype());
-    TORCH_CHECK(at::isFloatingType(of_state) || !at::isFloatingType(of_param), at_place(place),
-                " has dtype ", of_param, " but ", name(), " has dtype ", of_state,
+    const auto promoted = c10::promoteTypes(of_param, of_state);
+    TORCH_CHECK(c10::canCast(promoted, of_state) && c10::canCast(promoted, of_param),
+                at_place(place), " has dtype ", of_param, " but ", name(), " has dtype ", of_state,
                 ", whose result can't be cast to it. Is the checkpoint corrupt?");
   }
   const c10::TensorImpl& grad = *subject.tensor[kGrad];
@@ -109,18 +113,10 @@ bool check_kinds(Place place, const Update& update, const Subject& subject) {
   return takes;
 }
 
-void check_wholes(Place place, const Structure& structure, c10::TensorImpl* const* wholes,
-                  int streams, bool writes_grad) {
-  for (int s = 0; s < streams; ++s) {
-    if ((s == kGrad && !writes_grad) || wholes[s]->version_counter().enabled()) continue;
-    check_inference_mode(place, stream_name(structure, s));
-  }
-}
-
 void check_counter(Place place, const c10::TensorImpl& counter) {
   TORCH_CHECK(counter.numel() == 1, at_place(place), ": its state 'step' has shape ",
               counter.sym_sizes(), ", and must be one number. Is the checkpoint corrupt?");
-  if (is_plain_inference(counter)) check_inference_mode(place, "its state 'step'");
+  if (!counter.version_counter().enabled()) check_inference_mode(place, "its state 'step'");
   TORCH_CHECK(!is_plain(counter) || static_cast<std::int64_t>(counter.storage().nbytes()) >=
                                         (counter.storage_offset() + 1) *
                                             static_cast<std::int64_t>(counter.itemsize()),

@@ -23,6 +23,9 @@ struct Subject {
   int streams;
 };
 
+// For each stream of a parameter, the tensor whose version counts the writes to it.
+using Owners = c10::TensorImpl* const*;
+
 // How some parameters are updated: those of one group, at one step of theirs.
 struct Update {
   const Structure* structure = nullptr;
@@ -62,12 +65,7 @@ std::string stream_name(const Structure& structure, int stream);
 
 // Whether kernels can take the tensors of a parameter: plain ones of one dtype and one shape.
 // Throws where stock could not take them either.
-bool check_kinds(Place place, const Update& update, const Subject& subject);
-
-// Throws where stock could not write to a tensor, of which a shard lies here, as it was made in
-// inference mode.
-void check_wholes(Place place, const Structure& structure, c10::TensorImpl* const* wholes,
-                  int streams, bool writes_grad);
+bool check_kinds(Place place, const Update& update, const Subject& subject, Owners owners);
 
 // Throws where stock could not count a step with this tensor.
 void check_counter(Place place, const c10::TensorImpl& counter);

@@ -1,11 +1,10 @@
 #include "walk.h"
 
 #include <ATen/record_function.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/autograd/forward_grad.h>
 
 #include <utility>
 
+#include "modes.h"
 #include "prefetch.h"
 #include "pytensor.h"
 #include "rules/table.h"
@@ -13,14 +12,18 @@
 namespace fastsgd {
 namespace {
 
-// The global hooks: dictionaries that torch changes in place.
+PyObject* globals_of_hooks = nullptr;  // kept for good
+
+// Dictionaries in which torch keeps hooks.
+bool any_in(PyObject* hooks) {
+  return hooks == nullptr || !PyDict_Check(hooks) || PyDict_Size(hooks) != 0;
+}
+
+// Hooks of every optimizer: globals of a module, so that somebody may bind others.
 bool any_global_hook() {
-  static PyObject* const hooks[] = {
-      PyObject_GetAttrString(Ref::steal(PyImport_ImportModule("torch.optim.optimizer")).get(),
-                             "_global_optimizer_pre_hooks"),
-      PyObject_GetAttrString(Ref::steal(PyImport_ImportModule("torch.optim.optimizer")).get(),
-                             "_global_optimizer_post_hooks")};
-  return PyDict_Size(checked(hooks[0])) != 0 || PyDict_Size(checked(hooks[1])) != 0;
+  static DictKey& pre = *new DictKey("_global_optimizer_pre_hooks");
+  static DictKey& post = *new DictKey("_global_optimizer_post_hooks");
+  return any_in(pre.in(globals_of_hooks)) || any_in(post.in(globals_of_hooks));
 }
 
 }  // namespace
@@ -30,19 +33,24 @@ PyObject* attributes_of(PyObject* object) {
   return dict.get();
 }
 
-Walker::Walker(int rule)
-    : rule_(rule_at(rule)),
+Walker::Walker(int rule, bool foreign)
+    : foreign_(foreign),
+      rule_(rule_at(rule)),
       rule_number_(rule),
       options_(rule_),
       states_(rule_),
       fill_(rule_.fill == nullptr ? "" : rule_.fill) {}
 
+void Walker::learn_hooks() {
+  const Ref module = Ref::steal(checked(PyImport_ImportModule("torch.optim.optimizer")));
+  globals_of_hooks = PyModule_GetDict(module.get());
+  Py_INCREF(globals_of_hooks);
+}
+
 bool Walker::unobserved(PyObject* optimizer) {
   if (at::hasCallbacks() || any_global_hook()) return false;
   PyObject* attributes = attributes_of(optimizer);
-  PyObject* pre = pre_hooks_.optional_in(attributes);
-  PyObject* post = post_hooks_.optional_in(attributes);
-  return pre != nullptr && post != nullptr && PyDict_Size(pre) == 0 && PyDict_Size(post) == 0;
+  return !any_in(pre_hooks_.in(attributes)) && !any_in(post_hooks_.in(attributes));
 }
 
 // False where the groups are kept in some way that only stock understands.
@@ -53,13 +61,14 @@ bool Walker::plan_groups(PyObject* groups) {
     PyObject* dict = PyList_GET_ITEM(groups, g);
     if (!exact_dict(dict)) return false;
     Group group{dict, g, options_.read(dict, static_cast<std::size_t>(g)), {}, {}};
-    if (!PyList_Check(group.options.params)) return false;
+    if (!PyList_CheckExact(group.options.params)) return false;
     plan_group(group, number);
   }
   return true;
 }
 
 // Walks until nothing is left to ask: no Python code runs within a walk, but between two of them.
+// What the last walk still asks about it has left to stock.
 bool Walker::plan_all(PyObject* groups, PyObject* state) {
   // One that meets a stranger, one that wants its states, one that meets specs; the fourth steps.
   constexpr int kWalks = 4;
@@ -69,6 +78,7 @@ bool Walker::plan_all(PyObject* groups, PyObject* state) {
     if (shards_.asks()) shards_.answer();
     routes_.clear();
     left_.clear();
+    hidden_ = false;
     made_.clear();
     strangers_.begin_walk();
     options_.begin();
@@ -83,14 +93,13 @@ bool Walker::plan_all(PyObject* groups, PyObject* state) {
 // Plans a step, or finds who else must take it.
 Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defaults,
                               PyObject* attributes) {
-  if (groups == nullptr || !PyList_Check(groups)) return Way::kStock;
-  if (state == nullptr || !PyDict_Check(state)) return Way::kStock;
+  if (groups == nullptr || !PyList_CheckExact(groups)) return Way::kStock;
+  if (state == nullptr || !is_dict_of_dicts(state)) return Way::kStock;
   if (defaults == nullptr || !PyDict_Check(defaults)) return Way::kStock;
   PyObject* differentiable = differentiable_.optional_in(defaults);
   bool differentiates = false;
   if (differentiable != nullptr && !read_flag(differentiable, differentiates)) return Way::kStock;
-  if (differentiates || c10::impl::TorchDispatchModeTLS::any_modes_set()) return Way::kStock;
-  if (torch::autograd::ForwardADLevel::try_get_by_idx(0)) return Way::kStock;  // tangents move too
+  if (differentiates || foreign_ || any_mode()) return Way::kStock;
   scaling_ = options_.read_scaling(attributes);
   if (!scaling_.readable) return Way::kStock;
   if (scaling_.skip) return Way::kNone;
@@ -107,14 +116,14 @@ Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defau
   // Duplicates and overlaps run in order. But where stock must take a part, or one parameter is to
   // get its first state twice, or count two steps, or where an option is a tensor (which may lie in
   // a parameter), only stock knows the order: it takes all. So it does where what it takes shares
-  // memory with what it does not.
+  // memory with what it does not, or may share it.
   plan_.note_scalars(options_.tensors());
   if (plan_.ordered() &&
       (!routes_.empty() || states_.creates() || rule_.counts || !options_.tensors().empty())) {
     return Way::kStock;
   }
   if (states_.creates_twice()) return Way::kStock;
-  if (!left_.empty() && plan_.meets(left_)) return Way::kStock;
+  if (hidden_ || (!left_.empty() && plan_.meets(left_))) return Way::kStock;
   return routes_.empty() ? Way::kKernels : Way::kParts;
 }
 
@@ -144,13 +153,17 @@ void Walker::leave_to_stock(Place place, PyObject* param) {
   const auto note = [&](c10::TensorImpl* tensor) {
     if (tensor == nullptr) return;
     PyObject* object = object_of(*tensor);
-    if (object != nullptr && LocalShards::is(object)) tensor = LocalShards::memory(object);
+    if (object != nullptr && LocalShards::is(object)) {
+      tensor = LocalShards::memory(object);
+    } else if (tensor->is_python_dispatch()) {
+      hidden_ = true;
+    }
     if (!tensor->has_storage()) return;
     const auto begin = reinterpret_cast<std::uintptr_t>(tensor->storage().data());
     const std::uintptr_t bytes = tensor->storage().nbytes();
     if (bytes > 0) left_.push_back({begin, begin + bytes});
   };
-  if (!THPVariable_Check(param)) return;
+  if (!any_tensor(param)) return;
   c10::TensorImpl* tensor = impl_of(param);
   note(tensor);
   if (const at::Tensor* grad = grad_slot(*tensor)) {
@@ -160,8 +173,8 @@ void Walker::leave_to_stock(Place place, PyObject* param) {
   }
   PyObject *states = states_.of(param), *name, *state;
   Py_ssize_t position = 0;
-  while (states != nullptr && PyDict_Check(states) &&
-         PyDict_Next(states, &position, &name, &state)) {
+  hidden_ |= states != nullptr && !exact_dict(states) && !PyList_Check(states);  // no states at all
+  while (states != nullptr && exact_dict(states) && PyDict_Next(states, &position, &name, &state)) {
     if (any_tensor(state)) note(impl_of(state));
   }
 }

@@ -24,7 +24,11 @@ using Routes = std::vector<std::vector<std::int64_t>>;
 // keeps is believed without being compared, and none of it is state: losing it costs one slow step.
 class Walker {
  public:
-  explicit Walker(int rule);
+  // `foreign`: an optimizer whose class says itself what its groups or its state are.
+  Walker(int rule, bool foreign);
+
+  // Learns where torch keeps the hooks of all optimizers. To be called once, before any question.
+  static void learn_hooks();
 
   // Whether a step of `optimizer` has no hooks to run and no profiler to tell.
   bool unobserved(PyObject* optimizer);
@@ -107,8 +111,9 @@ class Walker {
   }
   [[gnu::noinline]] const Update& find_update(Group& group, const Moment& moment);
   Update make_update(const GroupOptions& options, const Moment& moment);
-  void zero(const at::Tensor& slot);
+  void zero(const at::Tensor& slot, bool directly);
 
+  const bool foreign_;
   const Rule& rule_;
   int rule_number_;
   OptionReader options_;
@@ -125,6 +130,7 @@ class Walker {
   Shards shards_;
   std::vector<Shards::Seen> shards_seen_;  // one for each parameter, where any is distributed
   std::vector<Range> left_;                // memory of the parameters that are left to stock
+  bool hidden_ = false;                    // some of theirs cannot be seen
   std::vector<Made> made_;
   Scaling scaling_;
   bool new_grads_ = false, grads_are_new_ = false;  // at this step; at the last one

@@ -13,6 +13,8 @@
 namespace fastsgd {
 namespace {
 
+// The objects on the way to a parameter's tensors are fetched so far ahead, as the tensors are read
+// through them kAhead parameters ahead.
 constexpr std::size_t kFar = 2 * kAhead;
 
 }  // namespace
@@ -68,9 +70,9 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
   const at::Tensor* grad = grad_slot(*tensor);
   if (grad == nullptr || !grad->defined()) [[unlikely]]
     return true;
-  if (!group.options.readable) [[unlikely]] {
-    options_.refuse(place(), group.dict, param);
-    return false;
+  if (!group.options.usual()) [[unlikely]] {
+    if (!group.options.readable) options_.refuse(place(), group.dict, param);
+    if (!group.options.readable || tensor->dim() == 0) return false;
   }
   c10::TensorImpl* grad_tensor = grad->unsafeGetTensorImpl();
   PyObject* grad_object = object_of(*grad_tensor);
@@ -113,11 +115,6 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
     wholes[kParam] = tensor;
     wholes[kGrad] = grad_tensor;
     for (int s = kState; s < kStreams; ++s) wholes[s] = impl_of(streams[s]);
-    if (!count_writes(wholes, kStreams, scaling_.unscale)) [[unlikely]] {
-      check_wholes(place(), rule_.structures[group.options.structure], wholes, kStreams,
-                   scaling_.unscale);
-      return false;
-    }
     owners = wholes;
   }
   Moment moment;
@@ -173,8 +170,7 @@ bool Walker::plan_first_shard(Place place, Group& group, Subject& subject, const
     wholes[s] = impl_of(streams[s]);
     subject.tensor[s] = LocalShards::memory(streams[s]);
   }
-  return count_writes(wholes, subject.streams, scaling_.unscale) &&
-         plan_first(place, group, subject, wholes, path.states, {}, *made);
+  return plan_first(place, group, subject, wholes, path.states, {}, *made);
 }
 
 // Makes the states, but for those that were made before, and the counter.

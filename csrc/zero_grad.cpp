@@ -1,10 +1,10 @@
 // The part of the walk that resets gradients.
 #include <c10/core/InferenceMode.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <utility>
 
 #include "lookahead.h"
+#include "modes.h"
 #include "prefetch.h"
 #include "pytensor.h"
 #include "walk.h"
@@ -35,14 +35,15 @@ bool Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& 
   const Busy guard(busy);
   const Cleanup cleanup{*this};
   zero_plan_.begin();
+  const bool directly = !any_mode();
   const Ref kept = Ref::borrow(param_groups_.optional_in(attributes_of(optimizer)));
   PyObject* groups = kept.get();
-  if (groups == nullptr || !PyList_Check(groups)) return false;
+  if (foreign_ || groups == nullptr || !PyList_CheckExact(groups)) return false;
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
     PyObject* dict = PyList_GET_ITEM(groups, g);
     if (!exact_dict(dict)) return false;
     PyObject* params = params_.needed_in(dict);
-    if (!PyList_Check(params) && !PyTuple_Check(params)) return false;
+    if (!PyList_CheckExact(params) && !PyTuple_CheckExact(params)) return false;
   }
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
     const Ref params =
@@ -57,11 +58,16 @@ bool Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& 
       }
       at::Tensor* grad = grad_slot(*impl_of(param));
       if (grad == nullptr || !grad->defined()) continue;
+      PyObject* object = object_of(*grad->unsafeGetTensorImpl());
+      if (!set_to_none && object != nullptr && !exact_tensor(object)) {  // has a zero_ of its own
+        others.push_back(Ref::borrow(param));
+        continue;
+      }
       if (set_to_none) {
         // Its end may run Python code (a weak reference's, say), which then finds it gone already.
         const at::Tensor dropped = std::exchange(*grad, at::Tensor());
       } else {
-        zero(*grad);
+        zero(*grad, directly);
       }
     }
   }
@@ -69,9 +75,8 @@ bool Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& 
   return true;
 }
 
-void Walker::zero(const at::Tensor& slot) {
-  if (!slot.requires_grad() && !slot.is_inference() &&
-      !c10::impl::TorchDispatchModeTLS::any_modes_set() && zero_plan_.add_zero(slot)) {
+void Walker::zero(const at::Tensor& slot, bool directly) {
+  if (directly && !slot.requires_grad() && !slot.is_inference() && zero_plan_.add_zero(slot)) {
     return;
   }
   // What follows may run Python code: the end of a graph, a dispatched operator.
@@ -88,7 +93,7 @@ void Walker::zero(const at::Tensor& slot) {
       grad.set_requires_grad(false);
     }
   }
-  if (!c10::impl::TorchDispatchModeTLS::any_modes_set() && zero_plan_.add_zero(grad)) return;
+  if (directly && zero_plan_.add_zero(grad)) return;
   grad.zero_();
 }
 

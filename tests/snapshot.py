@@ -62,6 +62,9 @@ class Snapshot:
 
 def version(tensor: Any) -> int | None:
     """Return the version of a tensor that counts it."""
-    if not isinstance(tensor, Tensor) or tensor.is_inference():
+    if not isinstance(tensor, Tensor):
         return None
-    return tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # made in inference mode
+        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,12 @@ from oracle import all_params, assert_equal, stock_roots
 from snapshot import Snapshot
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from twins import Twins, check_state, parameters, random_grad
+
+from fastsgd import _C
 
 takes_sparse = pytest.mark.parametrize("row", TAKE_SPARSE, ids=repr)
 
@@ -775,3 +780,206 @@ def test_groups_of_another_type(row: Row) -> None:
     for optimizer in twins.sides:
         optimizer.zero_grad()
         assert all(p.grad is None for p in all_params(optimizer))
+
+
+class Cold(dict):
+    """States of a parameter that are brought from elsewhere when they are asked for."""
+
+    def __getitem__(self, key: str) -> Any:
+        """Return twice what is stored."""
+        value = super().__getitem__(key)
+        return 2 * value if isinstance(value, Tensor) and value.dim() > 0 else value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the same."""
+        return self[key] if key in self else default
+
+
+class Unfrozen(list):
+    """Parameters, without those that are frozen."""
+
+    def __iter__(self) -> Any:
+        """Leave out what has another number of elements than 131."""
+        return (p for p in super().__iter__() if p.numel() == 131)
+
+
+class Elsewhere(defaultdict):
+    """The states of all parameters, which begin as something else."""
+
+    def __missing__(self, key: Tensor) -> Any:
+        """Enter states of its own."""
+        self[key] = Cold()
+        return self[key]
+
+
+def cold_states(optimizer: Any) -> None:
+    for p in all_params(optimizer):
+        optimizer.state[p] = Cold(optimizer.state[p])
+
+
+def unfrozen_params(optimizer: Any) -> None:
+    group = optimizer.param_groups[0]
+    group["params"] = Unfrozen(group["params"])
+
+
+def unfrozen_groups(optimizer: Any) -> None:
+    class OfTheFirst(list):
+        def __iter__(self) -> Any:
+            return iter([self[0]])
+
+    optimizer.param_groups = OfTheFirst(optimizer.param_groups)
+
+
+def states_elsewhere(optimizer: Any) -> None:
+    optimizer.state = Elsewhere(dict, {})
+
+
+def another_factory(optimizer: Any) -> None:
+    optimizer.state = defaultdict(Cold, {})
+
+
+CONTAINERS = [cold_states, unfrozen_params, unfrozen_groups, states_elsewhere, another_factory]
+
+
+@pytest.mark.parametrize("put", CONTAINERS, ids=lambda f: f.__name__)
+def test_containers_of_another_type(row: Row, put: Callable[[Any], None]) -> None:
+    """What the groups and states are kept in may mean something else by its items."""
+    twins = Twins(
+        row, lambda: [{"params": parameters((131,), (70,))()} for _ in range(2)], **row.rich
+    ).run(2)
+    pairs = list(twins.pairs())
+    twins.grads()
+    for optimizer in twins.sides:
+        put(optimizer)
+    for _ in range(2):
+        for optimizer in twins.sides:
+            optimizer.step()
+        for p, q in pairs:
+            assert_equal(p.detach(), q.detach())
+    for optimizer in twins.sides:
+        optimizer.zero_grad()
+    for p, q in pairs:
+        assert (p.grad is None) == (q.grad is None)
+
+
+def test_groups_that_are_a_property(row: Row) -> None:
+    """A class that says itself what its groups are."""
+
+    def doubled(optimizer: Any) -> Any:
+        class Own(type(optimizer)):
+            param_groups = property(
+                lambda self: [{**g, "lr": 2 * g["lr"]} for g in self.__dict__["param_groups"]]
+            )
+
+        copied = copy.copy(optimizer)
+        copied.__class__ = Own
+        return copied
+
+    twins = Twins(row, parameters((131,), (70,)), **row.rich)
+    for _ in range(2):
+        twins.grads()
+        for optimizer in twins.sides:
+            doubled(optimizer).step()
+        twins.check()
+
+
+class Logging(TorchFunctionMode):
+    """Note what is called."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note and go on."""
+        self.calls.append(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+def test_under_a_function_mode(row: Row) -> None:
+    """A user's mode sees the operators of a step, as with stock."""
+    twins = Twins(row, parameters((131,), (70,)), **row.rich)
+    for _ in range(2):
+        twins.grads()
+        modes = Logging(), Logging()
+        for mode, optimizer in zip(modes, twins.sides, strict=True):
+            with mode:
+                optimizer.step()
+        twins.check()
+        mine, theirs = (
+            [c for c in mode.calls if c.endswith("_") and not c.startswith("_")] for mode in modes
+        )
+        assert mine == theirs and theirs
+
+
+def test_under_a_default_device(row: Row) -> None:
+    """A default device that is the CPU changes nothing: the kernels step."""
+    twins = Twins(row, parameters((131,), (70,)), **row.rich)
+    torch.set_default_device("cpu")
+    try:
+        twins.run(2)
+        twins.grads()
+        assert _C.step(twins.ours)
+    finally:
+        torch.set_default_device(None)
+
+
+def test_inside_a_transform(row: Row) -> None:
+    """Within torch.func stock's code runs, and refuses or does what it does."""
+
+    def outcome(optimizer: Any) -> Any:
+        def loss(x: Tensor) -> Tensor:
+            optimizer.step()
+            return x.sum()
+
+        try:
+            torch.func.grad(loss)(torch.ones(3))
+        except RuntimeError as refused:
+            return str(refused)
+        return [p.detach().clone() for p in all_params(optimizer)]
+
+    twins = Twins(row, parameters((131,)), **row.rich)
+    twins.grads()
+    mine, theirs = (outcome(optimizer) for optimizer in twins.sides)
+    assert mine == theirs if isinstance(theirs, str) else not assert_equal(mine, theirs)
+
+
+def test_memory_hidden_in_a_wrapper(row: Row) -> None:
+    """A parameter whose inner tensors share memory with an ordinary one: stock's order."""
+    finals = []
+    for cls, options in ((row.ours, {}), (row.stock, {"foreach": False})):
+        memory = torch.linspace(1, 2, 131)
+        plain = Parameter(memory)
+        wrapper = Parameter(TwoTensor(memory.clone(), memory.clone()))
+        optimizer = cls([wrapper, plain], **row.plain, **options)
+        for _ in range(2):
+            wrapper.grad = TwoTensor(plain.detach(), plain.detach())
+            plain.grad = torch.ones(131)
+            optimizer.step()
+        finals.append([plain.detach(), wrapper.detach().a, wrapper.detach().b])
+    assert_equal(*finals)
+
+
+class Odd(float):
+    """A number with arithmetic of its own."""
+
+    def __neg__(self) -> float:
+        """Say something else than minus."""
+        return -2 * float(self)
+
+    def __rsub__(self, other: float) -> float:
+        """Likewise."""
+        return other - 2 * float(self)
+
+
+def test_number_with_arithmetic_of_its_own(row: Row) -> None:
+    """Stock computes with it, so stock steps."""
+    for name in ("lr", "weight_decay"):
+        twins = Twins(row, parameters((131,)), **row.rich)
+        for optimizer in twins.sides:
+            optimizer.param_groups[0][name] = Odd(0.05)
+        for _ in range(2):
+            twins.grads()
+            twins.step()
+            twins.check()

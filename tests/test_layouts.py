@@ -13,7 +13,7 @@ from oracle import Float64Step, all_params, assert_equal, strides
 from snapshot import Snapshot
 from torch import Tensor
 from torch.nn import Parameter
-from twins import Twins, random_grad
+from twins import Twins, parameters, random_grad
 
 MARGIN = 67  # canaries before and after the memory of a parameter
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -378,6 +378,30 @@ def test_grad_shares_memory_with_a_parameter(row: Row, n: int, options: str, whe
                 b.grad = a.detach().as_strided((n,), (1,), 0)
         twins.step()
         twins.check()
+
+
+@pytest.mark.parametrize("n", [1, 1000, HUGE])
+@pytest.mark.parametrize("where", ["earlier", "later", "state", "step"])
+def test_grad_that_stands_elsewhere_too(row: Row, n: int, where: str) -> None:
+    """After ordinary steps a grad is, as the same tensor, a parameter or a state of another."""
+    if where == "step" and not (row.counts and n == 1):
+        pytest.skip("no counter has this shape")
+    torch.set_num_threads(2)
+    shape = () if n == 1 else (n,)
+    twins = Twins(row, parameters(shape, shape, shape), **row.rich).run(2)
+    for _ in range(2):
+        twins.grads()
+        for optimizer in twins.sides:
+            a, b, c = all_params(optimizer)
+            b.grad = {
+                "earlier": a,
+                "later": c,
+                "state": optimizer.state[c][row.states[0]],
+                "step": optimizer.state[c].get("step"),
+            }[where]
+        twins.step()
+        for p, q in twins.pairs():
+            assert_equal(p.detach(), q.detach())
 
 
 @pytest.mark.parametrize("n", [17, 1000, HUGE])

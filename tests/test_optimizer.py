@@ -354,6 +354,24 @@ def test_hooks_run_once_in_order(row: Row) -> None:
     assert hook_events(twins.ours, lambda: None) == []
 
 
+def test_hooks_in_another_dictionary(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The globals that hold hooks may be bound anew; what is no dictionary is stock's to refuse."""
+    import torch.optim.optimizer as module
+
+    called = []
+    twins = Twins(row, BUILD, **row.rich).run(1)
+    for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, {0: lambda *_, name=name: called.append(name)})
+            twins.grads()
+            twins.ours.step()
+            twins.stock.step()
+    assert called == [n for n in dict.fromkeys(called) for _ in range(2)] and len(called) == 4
+    twins.ours._optimizer_step_pre_hooks = []
+    with pytest.raises(AttributeError):
+        twins.ours.step()
+
+
 @pytest.mark.parametrize("kind", ["own pre", "own post", "global pre", "global post"])
 def test_each_kind_of_hook_alone(row: Row, kind: str) -> None:
     """One hook of one kind is enough to be called, and may come and go."""
@@ -1179,6 +1197,21 @@ def test_states_of_another_dtype(
         twins.each(enter_states)
         if twins.step_if_allowed():
             twins.check()
+
+
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize("dims", [0, 1])
+def test_float64_tensor_options(row: Row, dtype: torch.dtype, dims: int) -> None:
+    """Options that are float64 tensors, with which stock promotes a parameter of no dimension."""
+    for name in ("lr", "weight_decay"):
+        for seed in range(20):
+            option = torch.full([1] * dims, 0.1, dtype=torch.float64)
+            twins = Twins(row, parameters((), (1,), (3,), dtype=dtype), seed=seed, **row.rich)
+            for optimizer in twins.sides:
+                optimizer.param_groups[0][name] = option
+            twins.grads()
+            if twins.step_if_allowed(halfway=True):
+                twins.check()
 
 
 def test_default_dtype(row: Row) -> None:

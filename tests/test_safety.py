@@ -88,9 +88,42 @@ def state_is_inference(optimizer: Any, p: Tensor) -> None:
             optimizer.state[p][key] = torch.randn(p.shape)
 
 
+def without_version(tensor: Tensor) -> Tensor:
+    """Return an ordinary tensor by all its properties that yet counts no writes."""
+    with torch.inference_mode():
+        made = torch.empty(0)
+    made.data = tensor.detach().clone()
+    return made
+
+
+def state_without_version(optimizer: Any, p: Tensor) -> None:
+    for key in optimizer.state[p]:
+        optimizer.state[p][key] = without_version(torch.ones(p.shape))
+
+
+def parameter_without_version(optimizer: Any, p: Tensor) -> None:
+    other = without_version(p)
+    other.grad = p.grad
+    for group in optimizer.param_groups:
+        group["params"] = [other if q is p else q for q in group["params"]]
+    if p in optimizer.state:
+        optimizer.state[other] = optimizer.state.pop(p)
+
+
+def state_without_version_but_small(optimizer: Any, p: Tensor) -> None:
+    state_without_version(optimizer, p)
+    if "step" in optimizer.state[p]:
+        optimizer.state[p]["step"] = without_version(torch.tensor(1.0))
+
+
 def state_is_complex(optimizer: Any, p: Tensor) -> None:
     for key in optimizer.state[p]:
         optimizer.state[p][key] = torch.randn(p.shape, dtype=torch.complex64)
+
+
+def state_is_real(optimizer: Any, p: Tensor) -> None:
+    p.data = p.data.to(torch.complex64)
+    p.grad = torch.ones_like(p)
 
 
 def missing_option(optimizer: Any, p: Tensor) -> None:
@@ -357,6 +390,33 @@ def test_parameters_over_numpy_memory(row: Row) -> None:
 
 
 # Threads and processes.
+
+
+def test_keys_that_run_code_when_they_go(row: Row) -> None:
+    """A group's key of a class of its own, whose end clears the groups: not during a step."""
+    isolated.run(
+        f"""
+        import torch
+        from cases import OPTIMIZERS
+        row = OPTIMIZERS[{OPTIMIZERS.index(row)}]
+        params = [torch.nn.Parameter(torch.ones(1 << 20)) for _ in range(2)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer = row.ours([{{"params": [p]}} for p in params], **row.rich)
+        del p, params
+        class Key(str):
+            def __del__(self):
+                optimizer.param_groups[0]["params"].clear()
+        group = optimizer.param_groups[1]
+        group[Key("lr")] = group.pop("lr")
+        optimizer.step()
+        lr = group.pop("lr")
+        optimizer.param_groups[0]["params"].append(torch.nn.Parameter(torch.ones(1 << 20)))
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(1 << 20)
+        group["".join(["l", "r"])] = lr
+        optimizer.step()
+        """
+    )
 
 
 def test_two_threads_step_two_optimizers(row: Row) -> None:

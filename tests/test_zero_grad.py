@@ -229,6 +229,37 @@ def test_subclass_grad(row: Row) -> None:
     assert p.grad is None
 
 
+def test_grad_with_a_zero_of_its_own(row: Row) -> None:
+    """A grad of a class that overrides torch's functions is asked to zero itself."""
+    called = []
+
+    class Asked(torch.Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            called.append(func.__name__)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    p = Parameter(torch.ones(70))
+    p.grad = torch.ones(70).as_subclass(Asked)
+    row.ours([p, Parameter(torch.ones(3))]).zero_grad(set_to_none=False)
+    assert "zero_" in called
+    assert not p.grad.as_subclass(torch.Tensor).any()
+
+
+def test_versions(row: Row) -> None:
+    """Of every grad that is zeroed, with elements and without."""
+    versions = []
+    for cls in (row.ours, row.stock):
+        params = parameters((70,), (0,), (3, 0), ())()
+        for p in params:
+            p.grad = torch.ones_like(p)
+        cls(params).zero_grad(set_to_none=False)
+        versions.append([p.grad._version for p in params])
+    assert versions[0] == versions[1] == [1, 1, 1, 1]
+
+
 def test_complex_and_integer_grads(row: Row) -> None:
     """Grads of dtypes that the step does not take are cleared too."""
     for dtype in (torch.complex64, torch.complex128, torch.int64, torch.int8):

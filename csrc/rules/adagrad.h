@@ -21,7 +21,7 @@ struct Adagrad {
   static constexpr Hyper kHypers[] = {{"lr", Hyper::kNumberOrTensor},
                                       {"lr_decay"},
                                       {"eps"},
-                                      {"weight_decay", Hyper::kNumberOrTensor}};
+                                      {"weight_decay", Hyper::kNumberOrScalar}};
 
   static constexpr bool kCounts = true;
   static constexpr State kStates[] = {{"sum"}};

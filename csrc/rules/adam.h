@@ -25,7 +25,7 @@ struct Adam {
   static constexpr Hyper kHypers[] = {
       {"lr", Hyper::kNumberOrTensor},           {"betas", Hyper::kNumberOrSingle, 0},
       {"betas", Hyper::kNumberOrSingle, 1},     {"eps"},
-      {"weight_decay", Hyper::kNumberOrTensor}, {"amsgrad", Hyper::kFlag},
+      {"weight_decay", Hyper::kNumberOrScalar}, {"amsgrad", Hyper::kFlag},
       {"decoupled_weight_decay", Hyper::kFlag}};
 
   static constexpr bool kCounts = true;

@@ -24,7 +24,7 @@ struct RmsProp {
   enum { kLr, kAlpha, kEps, kWeightDecay, kMomentum, kCentered };
   static constexpr Hyper kHypers[] = {
       {"lr", Hyper::kNumberOrTensor},           {"alpha"},    {"eps"},
-      {"weight_decay", Hyper::kNumberOrTensor}, {"momentum"}, {"centered", Hyper::kFlag}};
+      {"weight_decay", Hyper::kNumberOrScalar}, {"momentum"}, {"centered", Hyper::kFlag}};
 
   static constexpr bool kCounts = true;
   static constexpr State kStates[] = {{"square_avg"}, {"momentum_buffer"}, {"grad_avg", true}};

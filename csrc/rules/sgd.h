@@ -21,7 +21,7 @@ struct Sgd {
   static constexpr Hyper kHypers[] = {{"lr", Hyper::kNumberOrTensor},
                                       {"momentum"},
                                       {"dampening"},
-                                      {"weight_decay", Hyper::kNumberOrTensor},
+                                      {"weight_decay", Hyper::kNumberOrScalar},
                                       {"nesterov", Hyper::kFlag}};
 
   enum Structure { kPlain, kBuffered, kStructures };

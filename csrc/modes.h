@@ -1,0 +1,13 @@
+// Whether torch's operators may mean something else just now.
+#pragma once
+
+namespace fastsgd {
+
+// Whether a mode or a transform is on that may do what it likes with the operators of which torch
+// makes a step: then they are to be called.
+bool any_mode();
+
+// Learns what torch's own modes are. To be called once, before any question.
+void learn_modes();
+
+}  // namespace fastsgd
