@@ -129,12 +129,12 @@ const GroupOptions& OptionReader::read(PyObject* group, std::size_t number) {
 
 Scaling OptionReader::read_scaling(PyObject* attributes) {
   Scaling scaling;
-  if (PyObject* found_inf = found_inf_.optional_in(attributes)) {
+  if (PyObject* found_inf = found_inf_.ask(attributes)) {
     Number found;
     if (!read_scalar_tensor(found_inf, found)) return scaling;
     scaling.skip = found.value != 0;
   }
-  if (PyObject* grad_scale = grad_scale_.optional_in(attributes)) {
+  if (PyObject* grad_scale = grad_scale_.ask(attributes)) {
     Number scale;
     if (!read_scalar_tensor(grad_scale, scale)) return scaling;
     scaling.scale = scale.value;

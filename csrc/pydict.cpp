@@ -44,12 +44,25 @@ PyObject* DictKey::needed_in(PyObject* dict) {
   throw python_error();
 }
 
+// Whether a key that is another object is the same string. Strings remember their hashes.
+bool DictKey::equals(PyObject* key) const {
+  if (!PyUnicode_Check(key)) return false;
+  const Py_hash_t hash = reinterpret_cast<PyASCIIObject*>(key)->hash;
+  return (hash == hash_ || hash == -1) && PyUnicode_Compare(key, name_.get()) == 0;
+}
+
+PyObject* DictKey::ask(PyObject* dict) const {
+  PyObject* value = PyDict_GetItemWithError(dict, name_.get());
+  if (value == nullptr && PyErr_Occurred()) throw python_error();
+  return value == Py_None ? nullptr : value;
+}
+
 PyObject* DictKey::search(PyObject* dict) {
   PyObject *key, *value;
   Py_ssize_t position = 0, before = 0;
   while (PyDict_Next(dict, &position, &key, &value)) {
     const bool same = key == name_.get();
-    if (same || (PyUnicode_Check(key) && PyUnicode_Compare(key, name_.get()) == 0)) {
+    if (same || equals(key)) {
       position_ = before;
       if (!same && PyUnicode_CheckExact(key)) equal_ = Ref::borrow(key);  // its end runs no code
       return value;

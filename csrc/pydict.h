@@ -64,11 +64,13 @@ inline std::uint64_t version_of(PyObject* dict) {
 }
 
 // A string key that is looked up at every step. Where it was found the last time is only a hint:
-// the key found there is compared, so whatever happened to the dictionary, the answer is true. No
-// look-up runs Python code: keys that are no strings are passed over, whatever they say they equal.
+// the key found there is compared, so whatever happened to the dictionary, the answer is true. But
+// for ask() no look-up runs Python code: keys that are no strings are passed over, whatever they
+// say they equal.
 class DictKey {
  public:
-  explicit DictKey(const char* name) : name_(Ref::steal(PyUnicode_InternFromString(name))) {}
+  explicit DictKey(const char* name)
+      : name_(Ref::steal(PyUnicode_InternFromString(name))), hash_(PyObject_Hash(name_.get())) {}
   PyObject* name() const { return name_.get(); }
 
   // The value, borrowed; null if there is none.
@@ -90,10 +92,16 @@ class DictKey {
     return value == Py_None ? nullptr : value;
   }
 
+  // The same by hashing, which is quicker where the key is not expected; but keys of somebody's own
+  // class may run Python code.
+  PyObject* ask(PyObject* dict) const;
+
  private:
   PyObject* search(PyObject* dict);
+  bool equals(PyObject* key) const;
 
   Ref name_;
+  Py_hash_t hash_;
   Ref equal_;  // the key found the last time, if it is another object: one that was unpickled, say
   Py_ssize_t position_ = 0;
 };

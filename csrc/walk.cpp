@@ -133,8 +133,8 @@ bool Walker::step(PyObject* optimizer) {
   PyObject* attributes = attributes_of(optimizer);
   const Ref groups = Ref::borrow(param_groups_.optional_in(attributes));
   const Ref state = Ref::borrow(state_.optional_in(attributes));
-  const Way way =
-      plan_step(groups.get(), state.get(), defaults_.optional_in(attributes), attributes);
+  const Ref defaults = Ref::borrow(defaults_.optional_in(attributes));
+  const Way way = plan_step(groups.get(), state.get(), defaults.get(), attributes);
   if (way != Way::kParts) routes_.clear();
   if (way != Way::kKernels) return way == Way::kNone;
   if (states_.creates()) {
