@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cpu/engine.h"
+#include "cuda/emulation.h"
 #include "modes.h"
 #include "plain.h"
 #include "pydict.h"
@@ -161,5 +162,8 @@ PYBIND11_MODULE(_C, module) {
       },
       "Whether a tensor is what the kernels take without a closer look: dense, contiguous, on the "
       "CPU and of a dtype that they know.");
+  module.def("emulate_device", &fastsgd::cuda::emulate,
+             "For tests: whether plain CPU tensors are stepped by the tables and code that other "
+             "devices get, run on the host.");
   module.def("threads", &fastsgd::threads, "How many threads a long step uses.");
 }

@@ -9,9 +9,12 @@ void Counters::collect(std::vector<Range>& writes) const {
   }
 }
 
+void Counters::bump_versions() const {
+  for (const Counter& counter : kept()) counter.tensor->bump_version();
+}
+
 void Counters::advance() const {
   for (const Counter& counter : kept()) {
-    counter.tensor->bump_version();
     const double next = value_after(counter);
     if (counter.is_double) {
       *reinterpret_cast<double*>(counter.data) = next;

@@ -18,6 +18,8 @@ namespace fastsgd {
 
 class Counters {
  public:
+  explicit Counters(const Plain& plain) : plain_(plain) {}
+
   struct Counter {
     c10::TensorImpl* tensor;
     c10::StorageImpl* storage;
@@ -34,6 +36,13 @@ class Counters {
   // What a counter will say after this step, noted as the next counter; false if it is no plain
   // float32 or float64 of one element.
   [[gnu::always_inline]] bool read(c10::TensorImpl& tensor, double& next) {
+    if (!note(tensor)) [[unlikely]]
+      return false;
+    next = value_after(counters_[used_]);
+    return true;
+  }
+  // The same without looking at what it says, which another device may know.
+  [[gnu::always_inline]] bool note(c10::TensorImpl& tensor) {
     if (used_ + kAhead >= counters_.size()) [[unlikely]]
       counters_.resize(2 * counters_.size());
     const Counter& ahead = counters_[used_ + kAhead];
@@ -51,7 +60,6 @@ class Counters {
     char* data = static_cast<char*>(storage->mutable_data()) + offset;
     moved_ |= data != counters_[used_].data;
     counters_[used_] = {&tensor, storage, data, type == 1};
-    next = value_after(counters_[used_]);
     return true;
   }
 
@@ -67,7 +75,8 @@ class Counters {
   void collect(std::vector<Range>& writes) const;
   std::span<const Counter> kept() const { return {counters_.data(), used_}; }
 
-  // Writes: each counter's version, and one more.
+  // Writes: each counter's version; one more to each counter.
+  void bump_versions() const;
   void advance() const;
 
  private:
@@ -79,7 +88,7 @@ class Counters {
   std::vector<Counter> counters_;
   std::size_t used_ = 0, used_before_ = 0;
   bool moved_ = true;
-  const Plain plain_ = plain();
+  const Plain plain_;
 };
 
 }  // namespace fastsgd

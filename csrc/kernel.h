@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "rules/all.h"
+#include "storage.h"
 
 namespace fastsgd {
 
@@ -26,10 +27,39 @@ struct Run {
 // Updates `runs` runs whose elements are stored alike and whose scalars are the same.
 using Kernel = void (*)(const Row& row, const Run* run, std::int64_t runs);
 
-// The kernels of one instruction set.
+// What names a kernel on every device: the number of a rule, a structure of it, a storage type.
+inline constexpr int kNoKernel = -2;
+inline constexpr int kKernels = Rules::kSize * kMaxStructures * kStorages;
+constexpr int kernel_number(int rule, int structure, int storage = 0) {
+  return (rule * kMaxStructures + structure) * kStorages + storage;
+}
+
+// What a kernel is compiled for.
+template <class R, int kStructure, class T>
+struct Instance {};
+
+// Fills a table by number: with make(Instance) of every rule, structure and storage type.
+template <class R, int kStructure = 0, class Entry, class Make>
+constexpr void fill_rule(Entry* table, Make make) {
+  static_assert(R::kStructures <= kMaxStructures);
+  table[static_cast<int>(Storage::kFloat)] = make(Instance<R, kStructure, float>{});
+  table[static_cast<int>(Storage::kDouble)] = make(Instance<R, kStructure, double>{});
+  table[static_cast<int>(Storage::kBFloat16)] = make(Instance<R, kStructure, BFloat16>{});
+  table[static_cast<int>(Storage::kHalf)] = make(Instance<R, kStructure, Half>{});
+  if constexpr (kStructure + 1 < R::kStructures) {
+    fill_rule<R, kStructure + 1>(table + kStorages, make);
+  }
+}
+template <class Entry, class Make, class... R>
+constexpr void fill_kernels(Entry* table, Make make, List<R...>) {
+  int rule = 0;
+  (fill_rule<R>(table + kernel_number(rule++, 0), make), ...);
+}
+
+// The kernels of one instruction set, by number.
 struct KernelTable {
   const char* instruction_set;
-  Kernel step[Rules::kSize][kMaxStructures][kStorages];
+  Kernel step[kKernels];
 };
 
 }  // namespace fastsgd

@@ -11,7 +11,8 @@
 
 // Multiply-adds are fused where the target has the instruction and nowhere else: torch's kernels
 // for the same target do so, and the results are compared bit for bit.
-#if defined(__FMA__) || defined(__CUDA_ARCH__) || defined(__ARM_FEATURE_FMA)
+#if defined(FASTSGD_FUSED_MULTIPLY_ADD)
+#elif defined(__FMA__) || defined(__CUDA_ARCH__) || defined(__ARM_FEATURE_FMA)
 #define FASTSGD_FUSED_MULTIPLY_ADD 1
 #else
 #define FASTSGD_FUSED_MULTIPLY_ADD 0

@@ -2,20 +2,29 @@
 
 #include <cstring>
 
+#include "cuda/emulation.h"
 #include "pytensor.h"
 
 namespace fastsgd {
 namespace {
 
-// A one-element floating point CPU tensor's value; false for any other object.
-bool read_scalar_tensor(PyObject* object, Number& number) {
-  if (!exact_tensor(object)) return false;
+// A plain floating point tensor of one element; null for any other object.
+const at::Tensor* scalar_tensor(PyObject* object) {
+  if (!exact_tensor(object)) return nullptr;
   const at::Tensor& tensor = tensor_of(object);
-  if (!tensor.device().is_cpu() || tensor.layout() != at::kStrided || tensor.numel() != 1 ||
-      tensor.requires_grad() || !tensor.is_floating_point() || tensor.is_neg() ||
-      tensor._is_zerotensor()) {
-    return false;
-  }
+  const bool plain = tensor.layout() == at::kStrided && tensor.numel() == 1 &&
+                     !tensor.requires_grad() && tensor.is_floating_point() && !tensor.is_neg() &&
+                     !tensor._is_zerotensor();
+  return plain ? &tensor : nullptr;
+}
+
+bool on_other_device(const at::Tensor& tensor) {
+  return tensor.is_cuda() || (cuda::emulated() && tensor.is_cpu());
+}
+
+// The value of such a tensor on the CPU; false where it is not there.
+bool read_value(const at::Tensor& tensor, Number& number) {
+  if (!tensor.is_cpu()) return false;
   number.dtype = static_cast<std::int64_t>(tensor.scalar_type());
   switch (tensor.scalar_type()) {
     case at::kFloat:
@@ -28,6 +37,12 @@ bool read_scalar_tensor(PyObject* object, Number& number) {
       number.value = tensor.item<double>();
   }
   return true;
+}
+
+// Its address on another device; null where it is not there, or of a type that no kernel reads.
+const void* address_of(const at::Tensor& tensor) {
+  const bool read = tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble;
+  return read && on_other_device(tensor) ? tensor.const_data_ptr() : nullptr;
 }
 
 bool is_numpy_float(PyObject* object) {
@@ -82,13 +97,18 @@ OptionReader::Read OptionReader::read_number(PyObject* object, Hyper::Kind kind,
     number = PyLong_AsDouble(object);
     if (number.value == -1 && PyErr_Occurred()) throw python_error();
   } else {
-    if (kind == Hyper::kNumber || !read_scalar_tensor(object, number)) return Read::kNot;
-    const at::Tensor& tensor = tensor_of(object);
-    if (kind == Hyper::kNumberOrScalar && tensor.dim() != 0) return Read::kNot;
-    const auto address = reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr());
-    tensors_.push_back({address, address + tensor.itemsize()});
-    const bool single = number.dtype == static_cast<std::int64_t>(at::kFloat);
-    return kind != Hyper::kNumberOrSingle || single ? Read::kMutable : Read::kNot;
+    const at::Tensor* tensor = kind == Hyper::kNumber ? nullptr : scalar_tensor(object);
+    if (tensor == nullptr) return Read::kNot;
+    if (kind == Hyper::kNumberOrScalar && tensor->dim() != 0) return Read::kNot;
+    if (kind == Hyper::kNumberOrSingle && tensor->scalar_type() != at::kFloat) return Read::kNot;
+    if (const void* address = address_of(*tensor)) {
+      number = Number::at(address, static_cast<std::int64_t>(tensor->scalar_type()));
+    } else if (!read_value(*tensor, number)) {
+      return Read::kNot;
+    }
+    const auto begin = reinterpret_cast<std::uintptr_t>(tensor->const_data_ptr());
+    tensors_.push_back({begin, begin + tensor->itemsize()});
+    return Read::kMutable;
   }
   seen.object = Ref::borrow(object);  // immutable, so the same object is the same value
   seen.number = number;
@@ -117,9 +137,10 @@ const GroupOptions& OptionReader::read(PyObject* group, std::size_t number) {
   for (std::size_t i = 0; i < hyper_keys_.size(); ++i) {
     const Read read = read_hyper(hyper_keys_[i].needed_in(group), rule_.hypers[i], seen.hypers[i],
                                  options.hypers[i]);
+    options.on_device |= options.hypers[i].is_there();
     options.readable &= read != Read::kNot;
     constant &= read == Read::kConstant;
-    options.promotes |= options.hypers[i].dtype == static_cast<std::int64_t>(at::kDouble);
+    options.promotes |= options.hypers[i].tensor_dtype() == static_cast<std::int64_t>(at::kDouble);
   }
   if (!options.readable) return options;
   options.structure = rule_.structure(options.hypers);
@@ -129,14 +150,24 @@ const GroupOptions& OptionReader::read(PyObject* group, std::size_t number) {
 
 Scaling OptionReader::read_scaling(PyObject* attributes) {
   Scaling scaling;
+  const auto read = [&](PyObject* object, Number& number, const float*& address) {
+    const at::Tensor* tensor = scalar_tensor(object);
+    if (tensor == nullptr) return false;
+    if (!on_other_device(*tensor)) return read_value(*tensor, number);
+    if (tensor->scalar_type() != at::kFloat) return false;
+    if (scaling.device.value_or(tensor->device()) != tensor->device()) return false;
+    scaling.device = tensor->device();
+    address = tensor->const_data_ptr<float>();
+    return true;
+  };
   if (PyObject* found_inf = found_inf_.ask(attributes)) {
     Number found;
-    if (!read_scalar_tensor(found_inf, found)) return scaling;
+    if (!read(found_inf, found, scaling.found_inf_at)) return scaling;
     scaling.skip = found.value != 0;
   }
   if (PyObject* grad_scale = grad_scale_.ask(attributes)) {
-    Number scale;
-    if (!read_scalar_tensor(grad_scale, scale)) return scaling;
+    Number scale = 1;
+    if (!read(grad_scale, scale, scaling.scale_at)) return scaling;
     scaling.scale = scale.value;
     scaling.unscale = true;
   }

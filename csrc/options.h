@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "alias.h"
@@ -22,8 +23,9 @@ struct GroupOptions {
   PyObject* params = nullptr;  // as the group holds them
   Number hypers[kMaxHypers];
   bool maximize = false;
-  bool readable = false;  // false: an option only stock can interpret
-  bool promotes = false;  // a float64 tensor, with which parameters of no dimension are promoted
+  bool readable = false;   // false: an option only stock can interpret
+  bool promotes = false;   // a float64 tensor, with which parameters of no dimension are promoted
+  bool on_device = false;  // some value is a tensor of another device, where only kernels read it
   int structure = 0;
 
   // Whether they are the same to the bit, and so make the same scalars; of whatever parameters.
@@ -32,7 +34,7 @@ struct GroupOptions {
            a.readable == b.readable && a.promotes == b.promotes && a.structure == b.structure;
   }
   // Whether parameters can be taken without a closer look at the options.
-  bool usual() const { return readable && !promotes; }
+  bool usual() const { return readable && !promotes && !on_device; }
 };
 
 // What a GradScaler leaves on an optimizer that does its own unscaling.
@@ -41,6 +43,11 @@ struct Scaling {
   bool unscale = false;
   bool skip = false;  // it found an inf or a NaN
   bool readable = false;
+  // Where they are, if that is another device than the CPU; null where they are not.
+  const float *scale_at = nullptr, *found_inf_at = nullptr;
+  std::optional<c10::Device> device;  // of theirs
+
+  bool there_is_any() const { return unscale || skip || device; }
 };
 
 // Reads options. What it keeps of a group is good for as long as the group's version is the same,

@@ -1,6 +1,7 @@
 #include "plain.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/InferenceMode.h>
 
 #include <new>
@@ -59,6 +60,23 @@ Plain learn() {
 }
 
 }  // namespace
+
+Plain plain_on(c10::Device device) {
+  Plain there = plain();
+  if (device.is_cpu()) return there;
+  const auto empty = [&](at::ScalarType type) {
+    return at::empty({2, 3}, at::TensorOptions().dtype(type).device(device));
+  };
+  const c10::InferenceMode normal(false);
+  for (int type = 0; type < kStorages; ++type) {
+    const at::Tensor tensor = empty(kTypes[type]);
+    there.keys = Fields::keys(*tensor.unsafeGetTensorImpl());
+    there.form[type] = there.form_of(*tensor.unsafeGetTensorImpl());
+  }
+  const c10::InferenceMode inference;
+  there.inference_keys = Fields::keys(*empty(at::kFloat).unsafeGetTensorImpl());
+  return there;
+}
 
 const Plain& plain() {
   static const Plain learned = learn();

@@ -1,5 +1,5 @@
-// What a plain tensor looks like from within: a dense CPU tensor and nothing else, so that its data
-// pointer says all about it.
+// What a plain tensor looks like from within: a dense tensor on some device and nothing else, so
+// that its data pointer says all about it.
 //
 // A tensor's accessors ask at each call whether the tensor has ways of its own. A step reads
 // thousands of tensors that have none, and tells so by two words of each: its dispatch keys, and
@@ -65,7 +65,7 @@ class Fields : c10::TensorImpl {
   }
 };
 
-// The words of plain, contiguous tensors.
+// The words of plain, contiguous tensors on one device.
 struct Plain {
   std::uint64_t keys;            // the dispatch keys
   std::uint64_t inference_keys;  // of those made in inference mode
@@ -74,6 +74,11 @@ struct Plain {
 
   std::uint64_t form_of(const c10::TensorImpl& tensor) const {
     return Fields::form(tensor) & matters;
+  }
+  // Whether a tensor is plain, of whatever dtype and layout; and one made in inference mode.
+  bool is(const c10::TensorImpl& tensor) const { return Fields::keys(tensor) == keys; }
+  bool is_inference(const c10::TensorImpl& tensor) const {
+    return Fields::keys(tensor) == inference_keys;
   }
   // The storage type of a plain, contiguous tensor; kStorages for any other.
   int type_of(const c10::TensorImpl& tensor) const {
@@ -89,6 +94,10 @@ struct Plain {
   }
 };
 
+// Those on the CPU.
 const Plain& plain();
+
+// Those on another device. Makes tensors there, to look at.
+Plain plain_on(c10::Device device);
 
 }  // namespace fastsgd

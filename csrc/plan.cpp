@@ -26,14 +26,12 @@ class WithoutGil {
 };
 
 // A tensor for a state, its memory laid out as stock's operators would lay it out.
-at::Tensor new_state(const Birth& birth, c10::TensorImpl& param, c10::TensorImpl& grad) {
+at::Tensor empty_state(const Birth& birth, c10::TensorImpl& param, c10::TensorImpl& grad) {
   const auto of = [](c10::TensorImpl& tensor) {
     return at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&tensor));
   };
   if (birth.how == NewState::kFilled) {
-    at::Tensor state = at::empty_like(of(param), at::TensorOptions().requires_grad(false));
-    fill(state.mutable_data_ptr(), state.numel(), *storage_type(param), birth.fill);
-    return state;
+    return at::empty_like(of(param), at::TensorOptions().requires_grad(false));
   }
   const at::Tensor g = of(grad);
   const bool alike = grad.is_contiguous() && grad.strides() == param.strides();
@@ -47,6 +45,15 @@ at::Tensor new_state(const Birth& birth, c10::TensorImpl& param, c10::TensorImpl
   return at::empty_strided(like.sizes(), like.strides(), g.options().requires_grad(false));
 }
 
+// The same with what it begins as, unless that is a copy of the gradient, which the step makes.
+at::Tensor new_state(const Birth& birth, c10::TensorImpl& param, c10::TensorImpl& grad) {
+  at::Tensor state = empty_state(birth, param, grad);
+  if (birth.how != NewState::kFilled) return state;
+  if (!state.is_cpu()) return state.fill_(birth.fill);
+  fill(state.mutable_data_ptr(), state.numel(), *storage_type(param), birth.fill);
+  return state;
+}
+
 bool written(const Update& update, int stream) { return stream != kGrad || update.writes_grad; }
 
 }  // namespace
@@ -57,7 +64,7 @@ void Plan::begin() {
   counters_.begin();
   scalars_.clear();
   spans_.clear();
-  span_kernel_ = nullptr;
+  span_kernel_ = kNoKernel;
   rows_.clear();
   reserve();
   release();
@@ -78,12 +85,13 @@ void Plan::grow() {
 }
 
 bool Plan::add_unusual(const Update& update, Place place, const Subject& subject, Owners owners) {
-  return check_kinds(place, update, subject, owners) && add_checked(update, place, subject, owners);
+  return check_kinds(plain_, place, update, subject, owners) &&
+         add_checked(update, place, subject, owners);
 }
 
 bool Plan::add_creating(const Update& update, Place place, Subject& subject, Owners owners,
                         const Birth& birth, at::Tensor* created) {
-  if (!check_kinds(place, update, subject, owners)) return false;
+  if (!check_kinds(plain_, place, update, subject, owners)) return false;
   for (int s = kState; s < subject.streams; ++s) {
     if (subject.tensor[s] != nullptr) continue;
     created[s - kState] = new_state(birth, *subject.tensor[kParam], *subject.tensor[kGrad]);
@@ -131,19 +139,19 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
   run.traits = traits.number;
   runs_[used_] = run;
   moved_ = true;
-  if (!flat || update.kernels[type] != span_kernel_ || update.row != span_row_) {
-    begin_span(update.kernels[type], update.row, flat ? nullptr : &layout, traits);
+  if (!flat || update.kernel + type != span_kernel_ || update.row != span_row_) {
+    begin_span(update.kernel + type, update.row, flat ? nullptr : &layout, traits);
   }
   count_in(count * item_size, traits, owners);
   return true;
 }
 
 // Begins a span with the next run; it ends where another begins.
-void Plan::begin_span(Kernel kernel, std::int32_t row, const Layout* layout, Traits traits) {
+void Plan::begin_span(int kernel, std::int32_t row, const Layout* layout, Traits traits) {
   const auto first = static_cast<std::int64_t>(used_);
   spans_.push_back({kernel, layout, row, static_cast<std::int16_t>(traits.item_size()),
                     static_cast<std::int16_t>(traits.streams()), first, first});
-  span_kernel_ = layout == nullptr ? kernel : nullptr;
+  span_kernel_ = layout == nullptr ? kernel : kNoKernel;
   span_row_ = row;
 }
 
@@ -195,7 +203,7 @@ bool Plan::add_zero(const at::Tensor& grad) {
   runs_[used_].traits = traits.number;
   c10::TensorImpl* const owner = &tensor;
   holders_[holders_used_] = {&tensor, storage};
-  if (spans_.empty()) begin_span(zero, 0, nullptr, traits);
+  if (spans_.empty()) begin_span(kZero, 0, nullptr, traits);
   count_in(bytes, traits, &owner);
   return true;
 }
@@ -295,6 +303,7 @@ void Plan::bump_versions() const {
     if (i + kAhead < owners_used_) prefetch(Fields::counter(*owners_[i + kAhead]));
     owners_[i]->bump_version();
   }
+  counters_.bump_versions();
 }
 
 void Plan::run(bool needs_order) {

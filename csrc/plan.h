@@ -22,6 +22,11 @@ namespace fastsgd {
 
 class Plan {
  public:
+  // Of tensors that lie where `plain` says, in memory that `allocator` gives.
+  explicit Plan(const Plain& plain = fastsgd::plain(),
+                c10::Allocator& allocator = *c10::GetCPUAllocator())
+      : counters_(plain), plain_(plain), free_(allocator.raw_deleter()) {}
+
   // Forgets the last step, but not the memory that it took.
   void begin();
 
@@ -72,6 +77,17 @@ class Plan {
   // Lets go of what retain() keeps.
   void release();
 
+  // What there is to do, for an engine that does it.
+  bool empty() const { return used_ == 0; }
+  const std::vector<Span>& spans() {
+    end_spans();
+    return spans_;
+  }
+  const Run* runs() const { return runs_.data(); }
+  const Run& last_run() const { return runs_[used_ - 1]; }
+  // Writes to the versions of what the engine writes.
+  void bump_versions() const;
+
   // Writes: version counters first, then the kernels, without the GIL where the work is long. Work
   // that gives one result in any order need not ask for it.
   void run(bool needs_order);
@@ -101,7 +117,7 @@ class Plan {
   bool add_checked(const Update& update, Place place, const Subject& subject, Owners owners);
   bool lay_out(const Update& update, Place place, const Subject& subject, Layout& layout);
   inline void count_in(std::int64_t bytes, Traits traits, Owners owners);
-  void begin_span(Kernel kernel, std::int32_t row, const Layout* layout, Traits traits);
+  void begin_span(int kernel, std::int32_t row, const Layout* layout, Traits traits);
   void reserve() {
     if (used_ == runs_.size()) [[unlikely]]
       grow();
@@ -112,7 +128,6 @@ class Plan {
   void retain(c10::TensorImpl* tensor);
   void retain(c10::StorageImpl* storage);
   void collect_ranges();
-  void bump_versions() const;
   bool all_writes_allocated() const;
   // Whether a storage's memory is the allocator's, which gives none to two storages at once.
   bool is_allocated(c10::StorageImpl& storage) const {
@@ -127,21 +142,21 @@ class Plan {
   std::vector<c10::TensorImpl*> owners_;
   std::size_t used_ = 0, holders_used_ = 0, owners_used_ = 0;
   std::vector<Span> spans_;
-  Kernel span_kernel_ = nullptr;  // of the last span, if the next run could join it
+  int span_kernel_ = kNoKernel;  // of the last span, if the next run could join it
   std::int32_t span_row_ = -1;
   std::vector<Row> rows_;
   std::deque<Layout> layouts_;  // a deque: spans point into it while it grows
   std::size_t layouts_used_ = 0;
   std::int64_t bytes_ = 0;
   Counters counters_;
-  const Plain plain_ = plain();
+  const Plain plain_;
 
   // What is another than at the last answer of ordered(): a stream that is written, or the number
   // of elements; one that is read; one that is read, of a tensor that stands nowhere else and is
   // alone in memory of its own.
   bool moved_ = true, read_moved_ = true, own_read_moved_ = true;
   bool ordered_ = false;
-  const c10::DeleterFnPtr free_ = c10::GetCPUAllocator()->raw_deleter();
+  const c10::DeleterFnPtr free_;
   std::size_t ordered_for_ = 0;  // so many runs
   std::vector<Range> writes_, reads_;
   std::vector<Range> scalars_, scalars_for_;  // at this step; those that the answer is for
@@ -261,7 +276,7 @@ bool Plan::add_usual(const Update& update, const Subject& subject, Owners owners
   }
 #pragma GCC unroll 8
   for (int s = 0; s < kStreams; ++s) holders[s] = {subject.tensor[s], storage[s]};
-  const Kernel kernel = update.kernels[type];
+  const int kernel = update.kernel + type;
   if (kernel != span_kernel_ || update.row != span_row_) [[unlikely]]
     begin_span(kernel, update.row, nullptr, traits);
   count_in(bytes, traits, owners);

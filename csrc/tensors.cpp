@@ -7,13 +7,6 @@
 namespace fastsgd {
 namespace {
 
-bool is_plain(const c10::TensorImpl& tensor) { return Fields::keys(tensor) == plain().keys; }
-
-// The same, made in inference mode.
-bool is_plain_inference(const c10::TensorImpl& tensor) {
-  return Fields::keys(tensor) == plain().inference_keys;
-}
-
 // Whether broadcasting makes a tensor of shape `from` one of shape `to`.
 bool expands_to(at::IntArrayRef from, at::IntArrayRef to) {
   if (from.size() > to.size()) return false;
@@ -61,10 +54,11 @@ std::string stream_name(const Structure& structure, int stream) {
   return c10::str("its state '", structure.state[stream - kState].name, "'");
 }
 
-bool check_kinds(Place place, const Update& update, const Subject& subject, Owners owners) {
+bool check_kinds(const Plain& plain, Place place, const Update& update, const Subject& subject,
+                 Owners owners) {
   const Structure& structure = *update.structure;
   const c10::TensorImpl& param = *subject.tensor[kParam];
-  if (!is_plain(param) && !is_plain_inference(param)) return false;
+  if (!plain.is(param) && !plain.is_inference(param)) return false;
   bool takes = storage_type(param).has_value();
   for (int s = 0; s < subject.streams; ++s) {
     if (subject.tensor[s] == nullptr) continue;
@@ -77,7 +71,7 @@ bool check_kinds(Place place, const Update& update, const Subject& subject, Owne
     if (written && owners[s] != nullptr && !owners[s]->version_counter().enabled()) {
       check_inference_mode(place, name());
     }
-    if (!is_plain(tensor) && !is_plain_inference(tensor)) {
+    if (!plain.is(tensor) && !plain.is_inference(tensor)) {
       takes = false;  // sparse, a subclass, ...: only its own operators know what fits
       continue;
     }
@@ -99,7 +93,7 @@ bool check_kinds(Place place, const Update& update, const Subject& subject, Owne
                 ", whose result can't be cast to it. Is the checkpoint corrupt?");
   }
   const c10::TensorImpl& grad = *subject.tensor[kGrad];
-  if (!is_plain(grad) && !is_plain_inference(grad)) return false;
+  if (!plain.is(grad) && !plain.is_inference(grad)) return false;
   for (int s = kState; s < subject.streams; ++s) {
     if (!structure.state[s - kState].lerped) continue;
     // One that is still to be made has the parameter's dtype.
@@ -117,9 +111,9 @@ void check_counter(Place place, const c10::TensorImpl& counter) {
   TORCH_CHECK(counter.numel() == 1, at_place(place), ": its state 'step' has shape ",
               counter.sym_sizes(), ", and must be one number. Is the checkpoint corrupt?");
   if (!counter.version_counter().enabled()) check_inference_mode(place, "its state 'step'");
-  TORCH_CHECK(!is_plain(counter) || static_cast<std::int64_t>(counter.storage().nbytes()) >=
-                                        (counter.storage_offset() + 1) *
-                                            static_cast<std::int64_t>(counter.itemsize()),
+  TORCH_CHECK(!plain().is(counter) || static_cast<std::int64_t>(counter.storage().nbytes()) >=
+                                          (counter.storage_offset() + 1) *
+                                              static_cast<std::int64_t>(counter.itemsize()),
               at_place(place), ": the storage of its state 'step' holds ",
               counter.storage().nbytes(),
               " bytes, too few for one number. Was it freed or resized?");

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "kernel.h"
+#include "plain.h"
 
 namespace fastsgd {
 
@@ -29,7 +30,7 @@ using Owners = c10::TensorImpl* const*;
 // How some parameters are updated: those of one group, at one step of theirs.
 struct Update {
   const Structure* structure = nullptr;
-  const Kernel* kernels = nullptr;  // by storage type
+  int kernel = kNoKernel;  // that for the first storage type; the others' follow
   std::int32_t row = -1;
   bool writes_grad = false;
   bool adds_param = false;  // to the gradient
@@ -63,9 +64,11 @@ std::string at_place(Place place);
 // "its grad", "its state 'momentum_buffer'".
 std::string stream_name(const Structure& structure, int stream);
 
-// Whether kernels can take the tensors of a parameter: plain ones of one dtype and one shape.
+// Whether kernels can take the tensors of a parameter: plain ones of one dtype and one shape, on
+// their device.
 // Throws where stock could not take them either.
-bool check_kinds(Place place, const Update& update, const Subject& subject, Owners owners);
+bool check_kinds(const Plain& plain, Place place, const Update& update, const Subject& subject,
+                 Owners owners);
 
 // Throws where stock could not count a step with this tensor.
 void check_counter(Place place, const c10::TensorImpl& counter);

@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "cuda/emulation.h"
 #include "modes.h"
 #include "prefetch.h"
 #include "pytensor.h"
@@ -84,6 +85,7 @@ bool Walker::plan_all(PyObject* groups, PyObject* state) {
     options_.begin();
     states_.begin(state);
     plan_.begin();
+    for (const auto& work : devices_.all()) work->begin();
     if (!plan_groups(groups)) return false;
     if (!strangers_.asks() && !shards_.asks()) break;
   }
@@ -110,6 +112,7 @@ Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defau
     if (fill_value_ == -1 && PyErr_Occurred()) throw python_error();
   }
 
+  cpu_keys_ = cuda::emulated() ? 0 : plain().keys;
   grads_are_new_ = std::exchange(new_grads_, false);
   if (!plan_all(groups, state)) return Way::kStock;
   if (!routes_.empty()) routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
@@ -124,6 +127,14 @@ Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defau
   }
   if (states_.creates_twice()) return Way::kStock;
   if (hidden_ || (!left_.empty() && plan_.meets(left_))) return Way::kStock;
+  for (const auto& work : devices_.all()) {
+    if (work->plan.empty()) continue;
+    // A device has no order, and reads the scaler's values where it can reach them.
+    work->plan.note_scalars(options_.tensors());
+    if (work->plan.ordered() || (!left_.empty() && work->plan.meets(left_))) return Way::kStock;
+    if (scaling_.there_is_any() && scaling_.device != work->device().tensors()) return Way::kStock;
+  }
+  if (scaling_.device && !plan_.empty()) return Way::kStock;
   return routes_.empty() ? Way::kKernels : Way::kParts;
 }
 
@@ -137,11 +148,19 @@ bool Walker::step(PyObject* optimizer) {
   const Way way = plan_step(groups.get(), state.get(), defaults.get(), attributes);
   if (way != Way::kParts) routes_.clear();
   if (way != Way::kKernels) return way == Way::kNone;
+  std::vector<cuda::DeviceWork*> works;
+  for (const auto& work : devices_.all()) {
+    if (work->plan.empty()) continue;
+    work->prepare(scaling_);
+    works.push_back(work.get());
+  }
   if (states_.creates()) {
     plan_.retain();  // storing into a dict may run Python code
+    for (cuda::DeviceWork* work : works) work->plan.retain();
     states_.commit();
   }
   plan_.run(true);
+  for (cuda::DeviceWork* work : works) work->launch();
   return true;
 }
 

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/devices.h"
 #include "options.h"
 #include "plan.h"
 #include "pydict.h"
@@ -92,6 +93,12 @@ class Walker {
   template <int kStates, bool kCounts>
   [[gnu::noinline]] bool plan_shard(Group& group, Py_ssize_t index, PyObject* param, Path* path,
                                     Shards::Seen* seen);
+  // The same on another device than the CPU.
+  template <int kStates, bool kCounts>
+  [[gnu::noinline]] bool plan_on_device(cuda::DeviceWork& work, Group& group, Place place,
+                                        const Subject& subject, Owners owners);
+  bool plan_first_on_device(cuda::DeviceWork& work, Group& group, Place place, Subject& subject,
+                            Owners owners, Creation& creation, const Birth& birth);
   [[gnu::noinline]] bool plan_first(Place place, Group& group, Subject& subject, Owners owners,
                                     const StatesSeen& seen, const Birth& birth,
                                     const std::vector<at::Tensor>& made);
@@ -119,6 +126,8 @@ class Walker {
   OptionReader options_;
   States states_;
   Plan plan_, zero_plan_;
+  cuda::Devices devices_;
+  std::uint64_t cpu_keys_ = 0;  // of plain tensors for which the CPU's kernels are to work
   Routes routes_;
   DictKey param_groups_{"param_groups"}, state_{"state"}, defaults_{"defaults"}, params_{"params"},
       differentiable_{"differentiable"}, pre_hooks_{"_optimizer_step_pre_hooks"},
@@ -160,6 +169,7 @@ struct Walker::Cleanup {
     walker.left_.clear();
     walker.strangers_.end_step();
     walker.plan_.release();
+    for (const auto& work : walker.devices_.all()) work->plan.release();
     walker.zero_plan_.release();
   }
 };

@@ -43,7 +43,7 @@ Update Walker::make_update(const GroupOptions& options, const Moment& moment) {
   row.grad_scale = scaling_.scale;
   row.unscale = scaling_.unscale;
   row.maximize = options.maximize;
-  return {&rule_.structures[options.structure], kernels().step[rule_number_][options.structure],
+  return {&rule_.structures[options.structure], kernel_number(rule_number_, options.structure),
           plan_.add_row(row), scaling_.unscale, rule_.adds_param(options.hypers)};
 }
 
@@ -72,7 +72,8 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
     return true;
   if (!group.options.usual()) [[unlikely]] {
     if (!group.options.readable) options_.refuse(place(), group.dict, param);
-    if (!group.options.readable || tensor->dim() == 0) return false;
+    if (!group.options.readable || (group.options.promotes && tensor->dim() == 0)) return false;
+    if (group.options.on_device && devices_.find(*tensor) == nullptr) return false;
   }
   c10::TensorImpl* grad_tensor = grad->unsafeGetTensorImpl();
   PyObject* grad_object = object_of(*grad_tensor);
@@ -117,6 +118,11 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
     for (int s = kState; s < kStreams; ++s) wholes[s] = impl_of(streams[s]);
     owners = wholes;
   }
+  if (Fields::keys(*subject.tensor[kParam]) != cpu_keys_) [[unlikely]] {
+    if (auto* work = devices_.find(*subject.tensor[kParam])) {
+      return plan_on_device<kStates, kCounts>(*work, group, place(), subject, owners);
+    }
+  }
   Moment moment;
   if constexpr (kCounts) {
     c10::TensorImpl& counter = *subject.tensor[kStreams];
@@ -128,6 +134,26 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
   if (!plan_.add<kStates>(update_of<kCounts>(group, moment), place(), subject, owners))
     return false;
   if constexpr (kCounts) plan_.counters().keep();
+  return true;
+}
+
+template <int kStates, bool kCounts>
+bool Walker::plan_on_device(cuda::DeviceWork& work, Group& group, Place place,
+                            const Subject& subject, Owners owners) {
+  if constexpr (kCounts) {
+    c10::TensorImpl& counter = *subject.tensor[kState + kStates];
+    if (!work.plan.counters().note(counter)) {
+      check_counter(place, counter);
+      return false;
+    }
+  }
+  const Update update = work.update_of(rule_, rule_number_, group.options, scaling_);
+  if (update.row < 0 || !work.plan.add<kStates>(update, place, subject, owners)) return false;
+  if constexpr (kCounts) {
+    work.plan.counters().keep();
+  } else {
+    work.note_first_step(kStates == 0 ? nullptr : work.first_steps.find(*owners[kState]));
+  }
   return true;
 }
 
@@ -179,6 +205,11 @@ bool Walker::plan_first(Place place, Group& group, Subject& subject, Owners owne
                         const std::vector<at::Tensor>& made) {
   Creation& creation = states_.create(seen, group.options.structure);
   std::copy(made.begin(), made.end(), creation.value);
+  if (auto* work = devices_.find(*subject.tensor[kParam])) {
+    if (plan_first_on_device(*work, group, place, subject, owners, creation, birth)) return true;
+    states_.create_no_more();
+    return false;
+  }
   Moment moment;
   moment.first = !rule_.counts;
   if (rule_.counts) {
@@ -195,6 +226,30 @@ bool Walker::plan_first(Place place, Group& group, Subject& subject, Owners owne
     return false;
   }
   if (rule_.counts) plan_.counters().keep();
+  return true;
+}
+
+bool Walker::plan_first_on_device(cuda::DeviceWork& work, Group& group, Place place,
+                                  Subject& subject, Owners owners, Creation& creation,
+                                  const Birth& birth) {
+  if (rule_.counts) {
+    at::Tensor& counter = creation.value[subject.streams - kState] = new_counter(group.dict);
+    if (!counter.defined()) return false;
+    counter = counter.to(work.device().tensors());
+    if (!work.plan.counters().note(*counter.unsafeGetTensorImpl())) return false;
+  }
+  const Update update = work.update_of(rule_, rule_number_, group.options, scaling_);
+  if (update.row < 0 ||
+      !work.plan.add_creating(update, place, subject, owners, birth, creation.value)) {
+    return false;
+  }
+  if (rule_.counts) {
+    work.plan.counters().keep();
+  } else {
+    // The device may skip the step that would write it, or do it later.
+    creation.value[0].zero_();
+    work.note_first_step(work.first_steps.begin(work.device(), creation.value[0]));
+  }
   return true;
 }
 

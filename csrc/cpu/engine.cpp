@@ -44,13 +44,25 @@ int team_for(std::int64_t bytes) {
 
 // --- one worker's share -------------------------------------------------------------------------
 
+void zero(const Row&, const Run* run, std::int64_t runs) {
+  for (const Run* end = run + runs; run != end; ++run) {
+    std::memset(run->stream[0], 0, static_cast<std::size_t>(run->count));
+  }
+}
+
+Kernel kernel_of(const Span& span) {
+  return span.kernel == kZero ? zero : kernels().step[span.kernel];
+}
+
 void execute_part(const Span& span, const Run& run, const Row& row, std::int64_t begin,
                   std::int64_t end) {
-  if (span.layout != nullptr) return execute_strided(span, run, row, begin, end);
+  if (span.layout != nullptr) {
+    return execute_strided(kernel_of(span), span, run, row, begin, end);
+  }
   Run part;
   for (int s = 0; s < span.streams; ++s) part.stream[s] = run.stream[s] + begin * span.item_size;
   part.count = end - begin;
-  span.kernel(row, &part, 1);
+  kernel_of(span)(row, &part, 1);
 }
 
 // The share of one worker: of all bytes, in the order of the runs, those in [begin, end).
@@ -83,9 +95,9 @@ void execute(const std::vector<Span>& spans, const Run* runs, const Row* rows, s
     for (const Span& span : spans) {
       const Run* first = runs + span.first;
       if (span.layout != nullptr) {
-        execute_strided(span, *first, rows[span.row], 0, first->count);
+        execute_strided(kernel_of(span), span, *first, rows[span.row], 0, first->count);
       } else {
-        span.kernel(rows[span.row], first, span.end - span.first);
+        kernel_of(span)(rows[span.row], first, span.end - span.first);
       }
     }
     return;
@@ -131,12 +143,6 @@ void fill(void* memory, std::int64_t count, Storage type, double value) {
       return fill_with(at::BFloat16(static_cast<float>(value)));
     case Storage::kHalf:
       return fill_with(at::Half(static_cast<float>(value)));
-  }
-}
-
-void zero(const Row&, const Run* run, std::int64_t runs) {
-  for (const Run* end = run + runs; run != end; ++run) {
-    std::memset(run->stream[0], 0, static_cast<std::size_t>(run->count));
   }
 }
 

@@ -4,23 +4,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernel.h"
-#include "layout.h"
+#include "work.h"
 
 namespace fastsgd {
-
-// Neighbouring runs that one kernel takes with one row of scalars. Where there is a layout there is
-// one run, and its streams do not lie flat but as the layout says.
-struct Span {
-  Kernel kernel;
-  const Layout* layout;
-  std::int32_t row;
-  std::int16_t item_size;
-  std::int16_t streams;
-  std::int64_t first, end;  // the runs
-
-  std::int64_t item_bytes() const { return item_size * streams; }  // moved for one element
-};
 
 // Does all the work, which moves `bytes`; in order on one thread where `ordered`.
 void execute(const std::vector<Span>& spans, const Run* runs, const Row* rows, std::int64_t bytes,
@@ -39,8 +25,5 @@ void watch_forks();
 
 // Sets new memory to a value; on several threads where it is long, as its pages are made then.
 void fill(void* memory, std::int64_t count, Storage type, double value);
-
-// A kernel that sets its first stream to zero, for elements of one byte.
-void zero(const Row& row, const Run* run, std::int64_t runs);
 
 }  // namespace fastsgd

@@ -35,7 +35,7 @@ FASTSGD_LANE void advance(const typename R::template Scalars<L>& scalars,
 template <class R, int kStructure, class T>
 void step(const Row& row, const Run* run, std::int64_t runs) {
   using Scalar = typename Compute<T>::Scalar;
-  using Register = typename Compute<T>::Register;
+  using Register = typename RegisterOf<Scalar>::type;
   constexpr int kStates = size_of(R::states(kStructure));
   constexpr std::int64_t kLanes = sizeof(Register) / sizeof(Scalar);
 
@@ -72,26 +72,14 @@ void step(const Row& row, const Run* run, std::int64_t runs) {
 
 // --- the table ----------------------------------------------------------------------------------
 
-template <class R, int kStructure>
-constexpr void fill_storages(Kernel* kernels) {
-  kernels[static_cast<int>(Storage::kFloat)] = step<R, kStructure, float>;
-  kernels[static_cast<int>(Storage::kDouble)] = step<R, kStructure, double>;
-  kernels[static_cast<int>(Storage::kBFloat16)] = step<R, kStructure, BFloat16>;
-  kernels[static_cast<int>(Storage::kHalf)] = step<R, kStructure, Half>;
-}
-
-template <class R, int kStructure = 0>
-constexpr void fill_structures(Kernel (*kernels)[kStorages]) {
-  static_assert(R::kStructures <= kMaxStructures);
-  fill_storages<R, kStructure>(kernels[kStructure]);
-  if constexpr (kStructure + 1 < R::kStructures) fill_structures<R, kStructure + 1>(kernels);
-}
-
-template <class... R>
-constexpr KernelTable table(const char* instruction_set, List<R...>) {
+constexpr KernelTable table(const char* instruction_set) {
   KernelTable table{instruction_set, {}};
-  int rule = 0;
-  (fill_structures<R>(table.step[rule++]), ...);
+  fill_kernels(
+      table.step,
+      []<class R, int kStructure, class T>(Instance<R, kStructure, T>) {
+        return step<R, kStructure, T>;
+      },
+      Rules{});
   return table;
 }
 
@@ -102,7 +90,6 @@ constexpr KernelTable table(const char* instruction_set, List<R...>) {
 
 }  // namespace
 
-extern const KernelTable FASTSGD_JOIN(kernels_, FASTSGD_ISA) = table(FASTSGD_TEXT(FASTSGD_ISA),
-                                                                     Rules{});
+extern const KernelTable FASTSGD_JOIN(kernels_, FASTSGD_ISA) = table(FASTSGD_TEXT(FASTSGD_ISA));
 
 }  // namespace fastsgd

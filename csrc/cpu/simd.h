@@ -13,6 +13,7 @@
 #endif
 
 #include "lane.h"
+#include "storage.h"
 
 #if defined(__AVX512F__)
 #define FASTSGD_REGISTER_BYTES 64
@@ -35,87 +36,15 @@ using Vector = typename VectorOf<T, kLanes* static_cast<int>(sizeof(T))>::type;
 using FloatRegister = Vector<float, FASTSGD_REGISTER_BYTES / 4>;
 using DoubleRegister = Vector<double, FASTSGD_REGISTER_BYTES / 8>;
 
-struct BFloat16 {
-  std::uint16_t bits;
-};
-struct Half {
-  std::uint16_t bits;
-};
-
-// The type that a storage type is computed in, alone and as a register.
-template <class T>
-struct Compute {
-  using Scalar = float;
-  using Register = FloatRegister;
+// The register that elements of a storage type are computed in.
+template <class Scalar>
+struct RegisterOf {
+  using type = FloatRegister;
 };
 template <>
-struct Compute<double> {
-  using Scalar = double;
-  using Register = DoubleRegister;
+struct RegisterOf<double> {
+  using type = DoubleRegister;
 };
-
-template <class To, class From>
-FASTSGD_LANE To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(To));
-  return to;
-}
-
-// --- bfloat16: the upper half of a float --------------------------------------------------------
-
-template <class U32>
-FASTSGD_LANE U32 bfloat16_to_float_bits(U32 bits) {
-  return bits << 16;
-}
-
-// Rounds to the nearest, ties to even: adding 0x7fff plus the last kept bit carries into the upper
-// half exactly when that half must grow. A NaN is kept a NaN, torch's 0x7fc0.
-template <class U32>
-FASTSGD_LANE U32 float_bits_to_bfloat16(U32 bits) {
-  const U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const U32 nan = bits - bits + 0x7fc0u;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
-}
-
-// --- half: without branches, for targets that have no instruction for it -----------------------
-
-constexpr int kToNearestEven = 0;
-
-// A half's exponent and mantissa sit 13 bits up in a float whose exponent is 112 smaller;
-// multiplying by 2^112 sets it right, subnormals included. Infinity and NaN get the exponent of a
-// float's.
-FASTSGD_LANE float half_to_float(std::uint16_t half) {
-#if defined(__F16C__)
-  return _cvtsh_ss(half);
-#endif
-  const std::uint32_t magnitude = static_cast<std::uint32_t>(half & 0x7fff) << 13;
-  const std::uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
-  const std::uint32_t scaled = bit_cast<std::uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
-  const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000) << 16;
-  return bit_cast<float>(scaled | special | sign);
-}
-
-// Adding a power of two whose last bit is the half's last bit lets the addition itself round to the
-// nearest, ties to even; what was added is then taken from the bits.
-FASTSGD_LANE std::uint16_t float_to_half(float value) {
-#if defined(__F16C__)
-  return _cvtss_sh(value, kToNearestEven);
-#endif
-  const std::uint32_t bits = bit_cast<std::uint32_t>(value);
-  const std::uint32_t magnitude = bits & 0x7fffffffu;
-  std::uint32_t exponent = magnitude & 0x7f800000u;
-  exponent = exponent < 0x38800000u ? 0x38800000u : exponent;  // below 2^-14 a half is subnormal
-  const std::uint32_t anchor = exponent + (13u << 23);
-  const bool overflow = magnitude >= 0x477ff000u;  // rounds to 65536 or more
-  const float small = overflow ? 0.0f : bit_cast<float>(magnitude);
-  const std::uint32_t sum = bit_cast<std::uint32_t>(small + bit_cast<float>(anchor)) -
-                            anchor;  // mantissa, with its carry
-  const std::uint32_t finite = sum + ((exponent - 0x38800000u) >> 13);
-  const std::uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const std::uint32_t sign = (bits >> 16) & 0x8000u;
-  return static_cast<std::uint16_t>(sign | (overflow ? special : finite));
-}
 
 // GCC's headers fill the unused source of a masked conversion with an uninitialised register.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -181,7 +110,7 @@ FASTSGD_LANE void store(double* to, const L& lane) {
 template <class L>
 FASTSGD_LANE L load(const BFloat16* from) {
   if constexpr (sizeof(L) == sizeof(float)) {
-    return bit_cast<float>(bfloat16_to_float_bits<std::uint32_t>(from->bits));
+    return to_scalar(*from);
   } else {
     return bit_cast<L>(bfloat16_to_float_bits(widen<sizeof(L) / sizeof(float)>(&from->bits)));
   }
@@ -189,7 +118,7 @@ FASTSGD_LANE L load(const BFloat16* from) {
 template <class L>
 FASTSGD_LANE void store(BFloat16* to, const L& lane) {
   if constexpr (sizeof(L) == sizeof(float)) {
-    to->bits = static_cast<std::uint16_t>(float_bits_to_bfloat16(bit_cast<std::uint32_t>(lane)));
+    to_storage(lane, *to);
   } else {
     constexpr int kLanes = sizeof(L) / sizeof(float);
     narrow<kLanes>(&to->bits,
@@ -200,7 +129,7 @@ FASTSGD_LANE void store(BFloat16* to, const L& lane) {
 template <class L>
 FASTSGD_LANE L load(const Half* from) {
   if constexpr (sizeof(L) == sizeof(float)) {
-    return half_to_float(from->bits);
+    return to_scalar(*from);
   } else {
 #if defined(__AVX512F__)
     __m256i bits;
@@ -212,7 +141,7 @@ FASTSGD_LANE L load(const Half* from) {
     return bit_cast<L>(_mm256_cvtph_ps(bits));
 #else
     L lane{};
-    for (unsigned i = 0; i < sizeof(L) / sizeof(float); ++i) lane[i] = half_to_float(from[i].bits);
+    for (unsigned i = 0; i < sizeof(L) / sizeof(float); ++i) lane[i] = to_scalar(from[i]);
     return lane;
 #endif
   }
@@ -220,7 +149,7 @@ FASTSGD_LANE L load(const Half* from) {
 template <class L>
 FASTSGD_LANE void store(Half* to, const L& lane) {
   if constexpr (sizeof(L) == sizeof(float)) {
-    to->bits = float_to_half(lane);
+    to_storage(lane, *to);
   } else {
 #if defined(__AVX512F__)
     const __m256i bits = _mm512_cvtps_ph(bit_cast<__m512>(lane), kToNearestEven);
@@ -229,7 +158,7 @@ FASTSGD_LANE void store(Half* to, const L& lane) {
     const __m128i bits = _mm256_cvtps_ph(bit_cast<__m256>(lane), kToNearestEven);
     std::memcpy(to, &bits, sizeof(bits));
 #else
-    for (unsigned i = 0; i < sizeof(L) / sizeof(float); ++i) to[i].bits = float_to_half(lane[i]);
+    for (unsigned i = 0; i < sizeof(L) / sizeof(float); ++i) to_storage(lane[i], to[i]);
 #endif
   }
 }

@@ -94,8 +94,8 @@ void copy_rows(const Layout& layout, int stream, const Position& position, char*
 }
 
 // Long rows that lie flat in every stream, each of them a run.
-void execute_rows(const Span& span, const Run& run, const Row& row, std::int64_t begin,
-                  std::int64_t end) {
+void execute_rows(Kernel kernel, const Span& span, const Run& run, const Row& row,
+                  std::int64_t begin, std::int64_t end) {
   const Layout& layout = *span.layout;
   Position position(layout, begin);
   Run rows[kRows];
@@ -110,13 +110,13 @@ void execute_rows(const Span& span, const Run& run, const Row& row, std::int64_t
       position.advance(layout, kParam, next.count);
       begin += next.count;
     }
-    span.kernel(row, rows, filled);
+    kernel(row, rows, filled);
   }
 }
 
 // Anything else, a tile at a time: streams that do not lie flat pass through tiles on the stack.
-void execute_tiles(const Span& span, const Run& run, const Row& row, std::int64_t begin,
-                   std::int64_t end) {
+void execute_tiles(Kernel kernel, const Span& span, const Run& run, const Row& row,
+                   std::int64_t begin, std::int64_t end) {
   const Layout& layout = *span.layout;
   alignas(64) char tile[kMaxStreams][kTile * sizeof(double)];
   bool flat[kMaxStreams];
@@ -131,7 +131,7 @@ void execute_tiles(const Span& span, const Run& run, const Row& row, std::int64_
       if (flat[s]) continue;
       copy_rows<Way::kToTile>(layout, s, position, run.stream[s], tile[s], count, span.item_size);
     }
-    span.kernel(row, &part, 1);
+    kernel(row, &part, 1);
     for (int s = 0; s < span.streams; ++s) {
       if (flat[s] || (s == kGrad && !row.unscale)) continue;
       copy_rows<Way::kFromTile>(layout, s, position, run.stream[s], tile[s], count, span.item_size);
@@ -141,13 +141,13 @@ void execute_tiles(const Span& span, const Run& run, const Row& row, std::int64_
 
 }  // namespace
 
-void execute_strided(const Span& span, const Run& run, const Row& row, std::int64_t begin,
-                     std::int64_t end) {
+void execute_strided(Kernel kernel, const Span& span, const Run& run, const Row& row,
+                     std::int64_t begin, std::int64_t end) {
   const Layout& layout = *span.layout;
   const int inner = layout.dims - 1;
   bool in_rows = layout.size[inner] >= kLongRow;
   for (int s = 0; s < span.streams; ++s) in_rows &= layout.stride[inner][s] == 1;
-  (in_rows ? execute_rows : execute_tiles)(span, run, row, begin, end);
+  (in_rows ? execute_rows : execute_tiles)(kernel, span, run, row, begin, end);
 }
 
 }  // namespace fastsgd

@@ -6,7 +6,7 @@
 namespace fastsgd {
 
 // Elements [begin, end), in the order of the span's layout, of its one run.
-void execute_strided(const Span& span, const Run& run, const Row& row, std::int64_t begin,
-                     std::int64_t end);
+void execute_strided(Kernel kernel, const Span& span, const Run& run, const Row& row,
+                     std::int64_t begin, std::int64_t end);
 
 }  // namespace fastsgd

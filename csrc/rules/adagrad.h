@@ -41,7 +41,8 @@ struct Adagrad {
     }
   };
 
-  static Scalars<double> scalars(const Number* h, const Moment& moment) {
+  template <class N>
+  FASTSGD_LANE static Scalars<double> scalars(const N* h, const Moment& moment) {
     return {.minus_lr = -(h[kLr] / (1 + (moment.step - 1) * h[kLrDecay])).value,
             .eps = h[kEps].value,
             .weight_decay = h[kWeightDecay].value,

@@ -50,8 +50,9 @@ struct Adam {
     }
   };
 
-  static Scalars<double> scalars(const Number* h, const Moment& moment) {
-    const Number bias1 = 1 - pow(h[kBeta1], moment.step), bias2 = 1 - pow(h[kBeta2], moment.step);
+  template <class N>
+  FASTSGD_LANE static Scalars<double> scalars(const N* h, const Moment& moment) {
+    const N bias1 = 1 - pow(h[kBeta1], moment.step), bias2 = 1 - pow(h[kBeta2], moment.step);
     return {.minus_step_size = -(h[kLr] / bias1).value,
             .weight1 = 1 - h[kBeta1].value,
             .beta2 = h[kBeta2].value,

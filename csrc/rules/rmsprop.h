@@ -48,7 +48,8 @@ struct RmsProp {
     }
   };
 
-  static Scalars<double> scalars(const Number* h, const Moment&) {
+  template <class N>
+  FASTSGD_LANE static Scalars<double> scalars(const N* h, const Moment&) {
     return {.minus_lr = -h[kLr].value,
             .alpha = h[kAlpha].value,
             .weight = 1 - h[kAlpha].value,

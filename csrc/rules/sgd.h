@@ -42,7 +42,8 @@ struct Sgd {
     }
   };
 
-  static Scalars<double> scalars(const Number* h, const Moment& moment) {
+  template <class N>
+  FASTSGD_LANE static Scalars<double> scalars(const N* h, const Moment& moment) {
     return {.minus_lr = -h[kLr].value,
             .momentum = h[kMomentum].value,
             .gain = 1 - h[kDampening].value,

@@ -1,0 +1,103 @@
+#include "cuda/cuda_device.h"
+
+#if FASTSGD_CUDA
+
+#include <ATen/core/CachingHostAllocator.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <cstring>
+
+#include "cuda/kernels.h"
+
+namespace fastsgd::cuda {
+namespace {
+
+// Everything is done on the current stream of the device, as torch's operators do it.
+class CudaDevice final : public Device {
+ public:
+  explicit CudaDevice(c10::Device device) : device_(device) {
+    C10_CUDA_CHECK(
+        cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device.index()));
+  }
+
+  c10::Device tensors() const override { return device_; }
+  int processors() const override { return processors_; }
+  bool captures() const override {
+    cudaStreamCaptureStatus status{};
+    C10_CUDA_CHECK(cudaStreamIsCapturing(stream(), &status));
+    return status != cudaStreamCaptureStatusNone;
+  }
+
+  // During a capture the caching allocator gives memory of the graph's own, which the graph may use
+  // for something else before it comes to this step: so it is not asked.
+  c10::DataPtr allocate(std::size_t bytes) override {
+    const c10::cuda::CUDAGuard guard(device_);
+    if (!captures()) return c10::cuda::CUDACachingAllocator::get()->allocate(bytes);
+    const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+    void* memory = nullptr;
+    C10_CUDA_CHECK(cudaMalloc(&memory, bytes));
+    return {memory, memory, [](void* freed) { C10_CUDA_CHECK_WARN(cudaFree(freed)); }, device_};
+  }
+  void used(const c10::DataPtr& memory) override {
+    c10::cuda::CUDACachingAllocator::recordStream(memory,
+                                                  c10::cuda::getCurrentCUDAStream(device_.index()));
+  }
+
+  void upload(void* to, const void* from, std::size_t bytes) override {
+    // The bytes are gone when this returns, and a copy of pageable memory would wait for the
+    // device.
+    auto* allocator = at::getHostAllocator(at::kCUDA);
+    const c10::DataPtr pinned = allocator->allocate(bytes);
+    std::memcpy(pinned.get(), from, bytes);
+    unrecorded([&](cudaStream_t stream) {
+      C10_CUDA_CHECK(cudaMemcpyAsync(to, pinned.get(), bytes, cudaMemcpyHostToDevice, stream));
+    });
+    if (captures()) return;
+    allocator->record_event(pinned.get(), pinned.get_context(),
+                            c10::cuda::getCurrentCUDAStream(device_.index()).unwrap());
+  }
+  void zero(void* memory, std::size_t bytes) override {
+    unrecorded(
+        [&](cudaStream_t stream) { C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream)); });
+  }
+
+  void launch(const Launch& what, const FewArguments& arguments) override {
+    const c10::cuda::CUDAGuard guard(device_);
+    C10_CUDA_CHECK(cuda::launch(what, arguments, stream()));
+  }
+  void launch(const Launch& what, const ManyArguments& arguments) override {
+    const c10::cuda::CUDAGuard guard(device_);
+    C10_CUDA_CHECK(cuda::launch(what, arguments, stream()));
+  }
+
+ private:
+  cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream(device_.index()); }
+
+  // On the current stream; during a capture on another one, and over when this returns.
+  template <class Act>
+  void unrecorded(Act act) const {
+    const c10::cuda::CUDAGuard guard(device_);
+    if (!captures()) return act(stream());
+    const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+    const c10::cuda::CUDAStream other = c10::cuda::getStreamFromPool(false, device_.index());
+    act(other);
+    C10_CUDA_CHECK(cudaStreamSynchronize(other));
+  }
+
+  c10::Device device_;
+  int processors_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Device> cuda_device(c10::Device device) {
+  return std::make_unique<CudaDevice>(device);
+}
+
+}  // namespace fastsgd::cuda
+
+#endif

@@ -1,0 +1,12 @@
+// A CUDA device.
+#pragma once
+
+#include <memory>
+
+#include "cuda/device.h"
+
+namespace fastsgd::cuda {
+
+std::unique_ptr<Device> cuda_device(c10::Device device);
+
+}  // namespace fastsgd::cuda

@@ -1,0 +1,134 @@
+#include "cuda/devices.h"
+
+#include <c10/core/Allocator.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "cuda/emulation.h"
+
+#if FASTSGD_CUDA
+#include "cuda/cuda_device.h"
+#endif
+
+namespace fastsgd::cuda {
+namespace {
+
+bool emulates = false;
+
+constexpr std::size_t kCounts = 1024;  // of first steps that share a piece of memory
+
+}  // namespace
+
+bool emulated() { return emulates; }
+void emulate(bool on) { emulates = on; }
+
+// --- first steps --------------------------------------------------------------------------------
+
+char* FirstSteps::begin(Device& device, const at::Tensor& state) {
+  if (counts_.size() >= worth_forgetting_) forget_the_dead();
+  if (memory_ == nullptr || used_ == kCounts) {
+    auto memory = device.allocate(kCounts * sizeof(float));
+    device.zero(memory.get(), kCounts * sizeof(float));
+    memory_ = std::make_shared<c10::DataPtr>(std::move(memory));
+    used_ = 0;
+  }
+  char* at = static_cast<char*>(memory_->get()) + used_++ * sizeof(float);
+  counts_.insert_or_assign(
+      state.unsafeGetTensorImpl(),
+      Count{c10::weak_intrusive_ptr<c10::TensorImpl>(state.getIntrusivePtr()), memory_, at});
+  return at;
+}
+
+char* FirstSteps::find(c10::TensorImpl& state) {
+  const auto found = counts_.find(&state);
+  // Another tensor may be where a dead one was.
+  return found == counts_.end() || found->second.state.expired() ? nullptr : found->second.at;
+}
+
+void FirstSteps::forget_the_dead() {
+  std::erase_if(counts_, [](const auto& entry) { return entry.second.state.expired(); });
+  worth_forgetting_ = 2 * counts_.size() + 64;
+}
+
+// --- one device ---------------------------------------------------------------------------------
+
+DeviceWork::DeviceWork(std::unique_ptr<Device> device)
+    : plan(plain_on(device->tensors()), *c10::GetAllocator(device->tensors().type())),
+      engine_(std::move(device)) {}
+
+void DeviceWork::begin() {
+  plan.begin();
+  hypers_.clear();
+  made_.clear();
+  first_.clear();
+}
+
+Update DeviceWork::update_of(const Rule& rule, int rule_number, const GroupOptions& options,
+                             const Scaling& scaling) {
+  constexpr std::size_t kLooks = 8;  // a bound on the time this takes where no two are equal
+  Update update{&rule.structures[options.structure], kernel_number(rule_number, options.structure),
+                -1, scaling.unscale, rule.adds_param(options.hypers)};
+  const std::size_t begin = made_.size() - std::min(made_.size(), kLooks);
+  for (std::size_t i = made_.size(); i-- > begin;) {
+    if (made_[i].options == options) {
+      update.row = made_[i].row;
+      return update;
+    }
+  }
+  Hypers hypers{};  // to the last byte, as they are compared by bytes
+  for (int i = 0; i < rule.hyper_count; ++i) {
+    const Number& number = options.hypers[i];
+    const bool single = number.tensor_dtype() == static_cast<std::int64_t>(at::kFloat);
+    const bool wide = number.tensor_dtype() == static_cast<std::int64_t>(at::kDouble);
+    if (number.is_tensor() && !single && !wide) return update;
+    if (number.is_there()) {
+      hypers.cell[i].address = number.address();
+      hypers.kind[i] = single ? Hypers::kFloatAt : Hypers::kDoubleAt;
+    } else {
+      hypers.cell[i].value = number.value;
+      hypers.kind[i] = single ? Hypers::kFloat : wide ? Hypers::kDouble : Hypers::kPython;
+    }
+  }
+  hypers.maximize = options.maximize;
+  update.row = static_cast<std::int32_t>(hypers_.size());
+  hypers_.push_back(hypers);
+  made_.push_back({options, update.row});
+  return update;
+}
+
+void DeviceWork::prepare(const Scaling& scaling) {
+  const auto counted = plan.counters().kept();
+  engine_.prepare({plan.spans(), plan.runs(), hypers_,
+                   counted.empty() ? std::span<const Counters::Counter>(first_) : counted,
+                   scaling.scale_at, scaling.found_inf_at});
+}
+
+void DeviceWork::launch() {
+  plan.bump_versions();
+  engine_.launch();
+}
+
+// --- all devices --------------------------------------------------------------------------------
+
+DeviceWork* Devices::find(const c10::TensorImpl& tensor) {
+  const c10::Device device = tensor.device();
+#if FASTSGD_CUDA
+  if (!device.is_cuda() && !(emulates && device.is_cpu())) return nullptr;
+#else
+  if (!emulates || !device.is_cpu()) return nullptr;
+#endif
+  for (const auto& work : works_) {
+    if (work->device().tensors() == device) return work.get();
+  }
+#if FASTSGD_CUDA
+  auto made = device.is_cpu() ? host_device() : cuda_device(device);
+#else
+  auto made = host_device();
+#endif
+  works_.push_back(std::make_unique<DeviceWork>(std::move(made)));
+  works_.back()->begin();
+  return works_.back().get();
+}
+
+}  // namespace fastsgd::cuda

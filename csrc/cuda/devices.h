@@ -1,0 +1,88 @@
+// The devices other than the CPU that an optimizer's parameters lie on, and its work on each.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "counters.h"
+#include "cuda/engine.h"
+#include "options.h"
+#include "plan.h"
+
+namespace fastsgd::cuda {
+
+// Whether a parameter has taken its first step, for rules that count none: only the device knows,
+// as a step may be skipped there, or recorded and run later. So there is a count of steps, beside
+// the state that the first step makes, and for as long as that lives.
+class FirstSteps {
+ public:
+  // The count for a parameter whose first step makes `state`.
+  char* begin(Device& device, const at::Tensor& state);
+  // The count for one with this state; null if it was not begun here, and its first step is past.
+  char* find(c10::TensorImpl& state);
+
+ private:
+  struct Count {
+    c10::weak_intrusive_ptr<c10::TensorImpl> state;
+    std::shared_ptr<c10::DataPtr> memory;
+    char* at;
+  };
+  void forget_the_dead();
+
+  std::unordered_map<c10::TensorImpl*, Count> counts_;
+  std::size_t worth_forgetting_ = 64;
+  std::shared_ptr<c10::DataPtr> memory_;  // of the next counts
+  std::size_t used_ = 0;
+};
+
+// The work of a step on one device.
+class DeviceWork {
+ public:
+  explicit DeviceWork(std::unique_ptr<Device> device);
+
+  Plan plan;
+  FirstSteps first_steps;
+
+  void begin();
+  Device& device() { return engine_.device(); }
+
+  // How parameters of a group are updated; by row -1 where an option is a tensor of a dtype that
+  // the device does not compute in. Groups with equal options share a row.
+  Update update_of(const Rule& rule, int rule_number, const GroupOptions& options,
+                   const Scaling& scaling);
+  // Notes, for the parameter added last by a rule that counts no steps, where its first is told.
+  void note_first_step(char* count) { first_.push_back({nullptr, nullptr, count, false}); }
+
+  // Brings the device what it needs. May throw; nothing is written yet.
+  void prepare(const Scaling& scaling);
+  // Writes: versions, then what was prepared.
+  void launch();
+
+ private:
+  struct Made {
+    GroupOptions options;
+    std::int32_t row;
+  };
+
+  Engine engine_;
+  std::vector<Hypers> hypers_;
+  std::vector<Made> made_;
+  std::vector<Counters::Counter> first_;  // one a run
+};
+
+class Devices {
+ public:
+  // The work on the device where a tensor lies; null where that is the CPU, or a device for which
+  // there are no kernels.
+  DeviceWork* find(const c10::TensorImpl& tensor);
+
+  // All works of this step.
+  std::vector<std::unique_ptr<DeviceWork>>& all() { return works_; }
+
+ private:
+  std::vector<std::unique_ptr<DeviceWork>> works_;
+};
+
+}  // namespace fastsgd::cuda

@@ -1,0 +1,72 @@
+// The arithmetic of number.h, on the device: what a rule computes its scalars with there.
+#pragma once
+
+#include <math.h>
+
+#include "cuda/table.h"
+#include "lane.h"
+
+namespace fastsgd::cuda {
+
+// A hyper-parameter: a Python float, or a tensor of one element, which rounds every result to its
+// dtype. Floats are computed in double and rounded once more: for + - * / that is exact.
+struct Number {
+  enum Kind : std::uint8_t { kPython, kFloat, kDouble };
+  double value;
+  Kind kind;
+
+  FASTSGD_LANE Number() : value(0), kind(kPython) {}
+  FASTSGD_LANE Number(double x) : value(x), kind(kPython) {}  // NOLINT: as in Python, 1 - x
+  FASTSGD_LANE Number(double x, Kind of)
+      : value(of == kFloat ? static_cast<float>(x) : x), kind(of) {}
+};
+
+// The dtype of a result, for which operands are rounded to it.
+FASTSGD_LANE Number::Kind promoted(const Number& a, const Number& b) {
+  return a.kind > b.kind ? a.kind : b.kind;
+}
+FASTSGD_LANE double as(const Number& a, Number::Kind kind) { return Number(a.value, kind).value; }
+
+FASTSGD_LANE Number operator+(const Number& a, const Number& b) {
+  const Number::Kind kind = promoted(a, b);
+  return {as(a, kind) + as(b, kind), kind};
+}
+FASTSGD_LANE Number operator-(const Number& a, const Number& b) {
+  const Number::Kind kind = promoted(a, b);
+  return {as(a, kind) - as(b, kind), kind};
+}
+FASTSGD_LANE Number operator*(const Number& a, const Number& b) {
+  const Number::Kind kind = promoted(a, b);
+  return {as(a, kind) * as(b, kind), kind};
+}
+// A Python number over a tensor is the tensor's reciprocal times the number, as in torch.
+FASTSGD_LANE Number operator/(const Number& a, const Number& b) {
+  const Number::Kind kind = promoted(a, b);
+  if (a.kind == Number::kPython && kind != Number::kPython) {
+    return Number(1 / b.value, kind) * a;
+  }
+  return {as(a, kind) / as(b, kind), kind};
+}
+FASTSGD_LANE Number pow(const Number& base, double exponent) {
+  return {::pow(base.value, exponent), base.kind};
+}
+
+// A hyper-parameter as the table has it.
+FASTSGD_LANE Number read(const Hypers& hypers, int i) {
+  const auto& cell = hypers.cell[i];
+  switch (hypers.kind[i]) {
+    case Hypers::kPython:
+      return cell.value;
+    case Hypers::kFloat:
+      return {cell.value, Number::kFloat};
+    case Hypers::kDouble:
+      return {cell.value, Number::kDouble};
+    case Hypers::kFloatAt:
+      return {*static_cast<const float*>(cell.address), Number::kFloat};
+    case Hypers::kDoubleAt:
+      break;
+  }
+  return {*static_cast<const double*>(cell.address), Number::kDouble};
+}
+
+}  // namespace fastsgd::cuda

@@ -1,0 +1,125 @@
+"""The CUDA sources, compiled where nvcc is: no device is needed, and none is used."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "csrc" / "cuda" / "kernels.cu"
+ARCHITECTURES = ["75", "80", "86", "90", "100", "120"]
+FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}"]
+
+NVCC = shutil.which("nvcc")
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="there is no nvcc"),
+    pytest.mark.skipif(not KERNELS.exists(), reason="there are no sources"),
+]
+
+
+@functools.cache
+def cubin(architecture: str, folder: Path) -> tuple[Path, str]:
+    """Compile the kernels; return the binary, and what the assembler reports of registers."""
+    path = folder / f"kernels_{architecture}.cubin"
+    command = [NVCC, *FLAGS, "-Xptxas", "-v", f"-arch=sm_{architecture}", "-cubin", str(KERNELS)]
+    done = subprocess.run([*command, "-o", str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "warning" not in done.stderr.lower(), done.stderr[-4000:]
+    return path, done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where binaries go."""
+    return tmp_path_factory.mktemp("cubin")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_register_is_spilled(architecture: str, folder: Path) -> None:
+    """The kernels compile, and none keeps registers in memory."""
+    _, report = cubin(architecture, folder)
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", report)
+    assert len(frames) >= 36 * 3
+    spilling = [frame for frame in frames if frame[1:] != ("0", "0")]
+    assert not spilling
+
+
+def disassembler() -> str | None:
+    """Return the command that lists the instructions of a binary."""
+    found = shutil.which("nvdisasm")
+    spec = importlib.util.find_spec("nvidia")
+    for package in spec.submodule_search_locations or () if spec else ():
+        for path in sorted(Path(package).glob("*/bin/nvdisasm")):
+            path.chmod(0o755)
+            return str(path)
+    return found
+
+
+def loops_with(instruction: str, lines: list[str]) -> list[list[str]]:
+    """Return the smallest loops that hold an instruction.
+
+    A loop is what lies between a label and a jump back to it.
+    """
+    labels, found = {}, []
+    for n, line in enumerate(lines):
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = n
+        elif (jump := re.search(r"\bBRA\b.*(\.L_x_\d+)", line)) and jump[1] in labels:
+            found.append((labels[jump[1]], n))
+    found = [a for a in found if any(instruction in line for line in lines[a[0] : a[1]])]
+    inner = [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+    return [lines[first:last] for first, last in inner]
+
+
+@pytest.mark.parametrize("architecture", ["75", "90"])
+def test_main_loops(architecture: str, folder: Path) -> None:
+    """They move 16 bytes at once, and compute in double for tensors of double alone."""
+    command = disassembler()
+    if command is None:
+        pytest.skip("there is no nvdisasm (PyPI has it: nvidia-cuda-nvdisasm)")
+    path, _ = cubin(architecture, folder)
+    text = subprocess.run([command, "-c", path], capture_output=True, text=True, check=True).stdout
+    kernels = re.split(r"^\.text\.", text, flags=re.M)[1:]
+    seen: Counter[str] = Counter()
+    for kernel in kernels:
+        name, *lines = kernel.splitlines()
+        if "Lb1E" in name:  # laid out: an element at a time
+            continue
+        wide = loops_with("LDG.E.128", lines)
+        assert wide, f"no loop of {name} loads 16 bytes"
+        for loop in wide:
+            assert any("STG.E.128" in line for line in loop), name
+            doubles = [line for line in loop if re.search(r"\b(DADD|DMUL|DFMA|F2F\.F64)\b", line)]
+            is_double = re.search(r"ELi\dEd", name) is not None
+            assert is_double or not doubles, (name, doubles[:3])
+        seen[name] += 1
+    assert len(seen) >= 36 * 2
+
+
+def test_the_host_side_compiles(tmp_path: Path) -> None:
+    """What calls CUDA's and torch's libraries, against torch's headers: of any build of torch."""
+    toolkit = Path(NVCC or "").resolve().parent.parent
+    for include in (toolkit / "include", Path("/usr/local/cuda/include")):
+        if (include / "cuda_runtime_api.h").exists():
+            break
+    else:
+        pytest.skip("there are no headers of CUDA")
+    macros = ["-DFASTSGD_CUDA=1", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-DFASTSGD_WIDE_KERNELS=0"]
+    headers = [f"-isystem{folder}" for folder in [*cpp_extension.include_paths(), include]]
+    headers += [f"-isystem{sysconfig.get_path('include')}", f"-I{ROOT / 'csrc'}"]
+    for source in ("cuda_device.cpp", "devices.cpp"):
+        path = ROOT / "csrc" / "cuda" / source
+        command = ["c++", "-std=c++20", "-Wall", "-Wextra", "-Werror", *macros, *headers]
+        done = subprocess.run(
+            [*command, "-fsyntax-only", str(path)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
