@@ -58,14 +58,14 @@ bool Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& 
       }
       at::Tensor* grad = grad_slot(*impl_of(param));
       if (grad == nullptr || !grad->defined()) continue;
-      PyObject* object = object_of(*grad->unsafeGetTensorImpl());
-      if (!set_to_none && object != nullptr && !exact_tensor(object)) {  // has a zero_ of its own
-        others.push_back(Ref::borrow(param));
-        continue;
-      }
       if (set_to_none) {
         // Its end may run Python code (a weak reference's, say), which then finds it gone already.
         const at::Tensor dropped = std::exchange(*grad, at::Tensor());
+        continue;
+      }
+      PyObject* object = object_of(*grad->unsafeGetTensorImpl());
+      if (object != nullptr && !exact_tensor(object)) {  // it has a zero_ of its own
+        others.push_back(Ref::borrow(param));
       } else {
         zero(*grad, directly);
       }
