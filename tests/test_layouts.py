@@ -84,7 +84,7 @@ def layouts() -> Iterator[tuple[Row, Layout, torch.dtype]]:
             yield row, layout, dtype
 
 
-@pytest.mark.parametrize(("row", "layout", "dtype"), layouts(), ids=str)
+@pytest.mark.parametrize(("row", "layout", "dtype"), list(layouts()), ids=str)
 def test_layout(row: Row, layout: Layout, dtype: torch.dtype) -> None:
     """Right numbers, right strides of states, unharmed canaries and grads."""
     if dtype in HALVES and "negated" in layout.name:
