@@ -30,8 +30,8 @@ using Kernel = void (*)(const Row& row, const Run* run, std::int64_t runs);
 // What names a kernel on every device: the number of a rule, a structure of it, a storage type.
 inline constexpr int kNoKernel = -2;
 inline constexpr int kKernels = Rules::kSize * kMaxStructures * kStorages;
-constexpr int kernel_number(int rule, int structure, int storage = 0) {
-  return (rule * kMaxStructures + structure) * kStorages + storage;
+constexpr int first_kernel(int rule, int structure) {  // that for the first storage type
+  return (rule * kMaxStructures + structure) * kStorages;
 }
 
 // What a kernel is compiled for.
@@ -53,7 +53,7 @@ constexpr void fill_rule(Entry* table, Make make) {
 template <class Entry, class Make, class... R>
 constexpr void fill_kernels(Entry* table, Make make, List<R...>) {
   int rule = 0;
-  (fill_rule<R>(table + kernel_number(rule++, 0), make), ...);
+  (fill_rule<R>(table + first_kernel(rule++, 0), make), ...);
 }
 
 // The kernels of one instruction set, by number.

@@ -84,7 +84,6 @@ class Plan {
     return spans_;
   }
   const Run* runs() const { return runs_.data(); }
-  const Run& last_run() const { return runs_[used_ - 1]; }
   // Writes to the versions of what the engine writes.
   void bump_versions() const;
 

@@ -25,7 +25,11 @@ struct PlainTensors {
 // DTensors whose shard is a plain tensor.
 struct LocalShards {
   [[gnu::always_inline]] static bool is(PyObject* object) {
-    return is_distributed(object) && shard(object) != nullptr && exact_tensor(shard(object));
+    return is_distributed(object) && has_plain(object);
+  }
+  // Of a DTensor.
+  static bool has_plain(PyObject* object) {
+    return shard(object) != nullptr && exact_tensor(shard(object));
   }
   static c10::TensorImpl* memory(PyObject* object) { return impl_of(shard(object)); }
 
@@ -79,8 +83,7 @@ class Shards {
     for (int i = 0; i < kCount; ++i) {
       same &= seen.stream[i].spec == LocalShards::spec(streams[i]);
       PyObject* shard = LocalShards::shard(streams[i]);
-      if (seen.stream[i].shard != shard) [[unlikely]]
-        seen.stream[i].shard = shard;
+      seen.stream[i].shard = shard;
     }
     if (same) [[likely]]
       return true;

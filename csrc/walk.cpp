@@ -61,7 +61,7 @@ bool Walker::plan_groups(PyObject* groups) {
     options_.fetch(static_cast<std::size_t>(g) + kAhead);
     PyObject* dict = PyList_GET_ITEM(groups, g);
     if (!exact_dict(dict)) return false;
-    Group group{dict, g, options_.read(dict, static_cast<std::size_t>(g)), {}, {}};
+    Group group{dict, g, options_.read(dict, static_cast<std::size_t>(g))};
     if (!PyList_CheckExact(group.options.params)) return false;
     plan_group(group, number);
   }

@@ -56,13 +56,15 @@ class Walker {
     PyObject* grad_object = nullptr;
     StatesSeen states;
   };
-  // One group at this step, and how its last parameter was updated.
+  // One group at this step, and how its last parameter was updated: on the CPU, and elsewhere.
   struct Group {
     PyObject* dict;
     std::int64_t number;
     const GroupOptions& options;
-    Moment moment;
-    Update update;
+    Moment moment{};
+    Update update{};
+    const cuda::DeviceWork* work = nullptr;
+    Update update_there{};
   };
   // An update that this step has made, and what it is good for.
   struct Made {
@@ -91,8 +93,7 @@ class Walker {
                                                 Path& path, Shards::Seen* seen);
   // Out of line, as GCC would else keep the variables of what is rare on the usual way's stack.
   template <int kStates, bool kCounts>
-  [[gnu::noinline]] bool plan_shard(Group& group, Py_ssize_t index, PyObject* param, Path* path,
-                                    Shards::Seen* seen);
+  [[gnu::noinline]] Py_ssize_t plan_shards(Group& group, Py_ssize_t index, std::size_t number);
   // The same on another device than the CPU.
   template <int kStates, bool kCounts>
   [[gnu::noinline]] bool plan_on_device(cuda::DeviceWork& work, Group& group, Place place,
@@ -118,6 +119,7 @@ class Walker {
   }
   [[gnu::noinline]] const Update& find_update(Group& group, const Moment& moment);
   Update make_update(const GroupOptions& options, const Moment& moment);
+  const Update& update_on(cuda::DeviceWork& work, Group& group);
   void zero(const at::Tensor& slot, bool directly);
 
   const bool foreign_;

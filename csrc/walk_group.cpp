@@ -8,6 +8,7 @@
 #include "lookahead.h"
 #include "prefetch.h"
 #include "pytensor.h"
+#include "recent.h"
 #include "walk.h"
 
 namespace fastsgd {
@@ -24,14 +25,11 @@ constexpr std::size_t kFar = 2 * kAhead;
 // The update of parameters of a group at a moment, which may be another's of this step: groups
 // whose options are equal share it, and the kernels then take their parameters together.
 const Update& Walker::find_update(Group& group, const Moment& moment) {
-  constexpr std::size_t kLooks = 8;  // a bound on the time this takes where no two are equal
   group.moment = moment;
-  const std::size_t begin = made_.size() - std::min(made_.size(), kLooks);
-  for (std::size_t i = made_.size(); i-- > begin;) {
-    if (made_[i].moment == moment && made_[i].options == group.options) {
-      return group.update = made_[i].update;
-    }
-  }
+  const Made* made = find_recent(made_, [&](const Made& other) {
+    return other.moment == moment && other.options == group.options;
+  });
+  if (made != nullptr) return group.update = made->update;
   group.update = make_update(group.options, moment);
   made_.push_back({group.options, moment, group.update});
   return group.update;
@@ -43,8 +41,17 @@ Update Walker::make_update(const GroupOptions& options, const Moment& moment) {
   row.grad_scale = scaling_.scale;
   row.unscale = scaling_.unscale;
   row.maximize = options.maximize;
-  return {&rule_.structures[options.structure], kernel_number(rule_number_, options.structure),
+  return {&rule_.structures[options.structure], first_kernel(rule_number_, options.structure),
           plan_.add_row(row), scaling_.unscale, rule_.adds_param(options.hypers)};
+}
+
+// On another device: where the steps are counted there, one update is good for any moment.
+const Update& Walker::update_on(cuda::DeviceWork& work, Group& group) {
+  if (group.work != &work) {
+    group.update_there = work.update_of(rule_, rule_number_, group.options, scaling_);
+    group.work = &work;
+  }
+  return group.update_there;
 }
 
 // --- one parameter ------------------------------------------------------------------------------
@@ -85,7 +92,7 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
   Subject subject;
   subject.streams = kStreams;
   if constexpr (kDistributed) {
-    if (!Kind::is(param) || grad_object == nullptr || !Kind::is(grad_object)) return false;
+    if (!Kind::has_plain(param) || grad_object == nullptr || !Kind::is(grad_object)) return false;
     subject.tensor[kParam] = Kind::memory(param);
     subject.tensor[kGrad] = Kind::memory(grad_object);
   } else {
@@ -147,7 +154,7 @@ bool Walker::plan_on_device(cuda::DeviceWork& work, Group& group, Place place,
       return false;
     }
   }
-  const Update update = work.update_of(rule_, rule_number_, group.options, scaling_);
+  const Update& update = update_on(work, group);
   if (update.row < 0 || !work.plan.add<kStates>(update, place, subject, owners)) return false;
   if constexpr (kCounts) {
     work.plan.counters().keep();
@@ -157,18 +164,29 @@ bool Walker::plan_on_device(cuda::DeviceWork& work, Group& group, Place place,
   return true;
 }
 
-// A parameter that is distributed over processes, of which this one holds a shard.
+// Parameters that are distributed over processes, of which this one holds shards, from the
+// `index`th on: returns the index of the next that is not.
 template <int kStates, bool kCounts>
-[[gnu::flatten]] bool Walker::plan_shard(Group& group, Py_ssize_t index, PyObject* param,
-                                         Path* path, Shards::Seen* seen) {
-  const Path& far = path[kFar];
-  LocalShards::fetch(far.param);
-  LocalShards::fetch(far.grad_object);
-  for (int i = 0; i < kStates; ++i) LocalShards::fetch(far.states.value[i]);
-  Shards::fetch<kState + kStates>(seen[kAhead]);
-  prefetch<kHeadBytes>(path[kAhead].grad);
-  plan_.fetch_owners<kStates>();
-  return plan_param<LocalShards, kStates, kCounts>(group, index, param, *path, seen);
+[[gnu::flatten]] Py_ssize_t Walker::plan_shards(Group& group, Py_ssize_t index,
+                                                std::size_t number) {
+  PyObject* params = group.options.params;
+  for (; index < PyList_GET_SIZE(params); ++index, ++number) {
+    PyObject* param = PyList_GET_ITEM(params, index);
+    if (!LocalShards::is_distributed(param)) break;
+    Path* path = &paths_[number];
+    Shards::Seen* seen = &shards_seen_[number];
+    const Path& far = path[kFar];
+    fetch<kStates + (kCounts ? 1 : 0)>(far);
+    LocalShards::fetch(far.param);
+    LocalShards::fetch(far.grad_object);
+    for (int i = 0; i < kStates; ++i) LocalShards::fetch(far.states.value[i]);
+    Shards::fetch<kState + kStates>(seen[kAhead]);
+    prefetch<kHeadBytes>(path[kAhead].grad);
+    plan_.fetch_owners<kStates>();
+    if (!plan_param<LocalShards, kStates, kCounts>(group, index, param, *path, seen)) [[unlikely]]
+      leave_to_stock({group.number, index}, param);
+  }
+  return index;
 }
 
 // --- the first step of a parameter --------------------------------------------------------------
@@ -238,7 +256,7 @@ bool Walker::plan_first_on_device(cuda::DeviceWork& work, Group& group, Place pl
     counter = counter.to(work.device().tensors());
     if (!work.plan.counters().note(*counter.unsafeGetTensorImpl())) return false;
   }
-  const Update update = work.update_of(rule_, rule_number_, group.options, scaling_);
+  const Update& update = update_on(work, group);
   if (update.row < 0 ||
       !work.plan.add_creating(update, place, subject, owners, birth, creation.value)) {
     return false;
@@ -286,7 +304,10 @@ template <int kStates, bool kCounts>
     if (exact_tensor(param)) [[likely]] {
       planned = plan_param<PlainTensors, kStates, kCounts>(group, i, param, *path, nullptr);
     } else if (LocalShards::is_distributed(param)) {
-      planned = plan_shard<kStates, kCounts>(group, i, param, path, &shards_seen_[number]);
+      const Py_ssize_t last = plan_shards<kStates, kCounts>(group, i, number) - 1;
+      number += static_cast<std::size_t>(last - i);
+      i = last;
+      continue;
     } else {
       planned = !strangers_.has_grad(param);
     }

@@ -236,6 +236,9 @@ ADAM_EDITS: Choices = (
     {"betas": (0.9, 0.999), "eps": 1e-8, "decoupled_weight_decay": False},
     {"decoupled_weight_decay": 1},
     *EDITS,
+    # Away from the gradient: weights of interpolation below 0, on both sides of the other border.
+    {"betas": (1.3, 0.9), "lr": 1e-3},
+    {"betas": (1.7, 0.9)},
 )
 ADAM_SPARSE = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
@@ -316,6 +319,8 @@ RMSPROP = Row(
         {"alpha": 0.9, "eps": 1e-3, "momentum": True},
         {"momentum": 0.9},
         *EDITS,
+        {"alpha": 1.3, "centered": True},  # as with Adam's betas, which see
+        {"alpha": 1.7},
     ),
     sparse_error="RMSprop does not support sparse gradients",
 )

@@ -142,6 +142,22 @@ def test_chunks(row: Row, dtype: torch.dtype) -> None:
         assert_alike(*pair)
 
 
+def test_more_layouts_than_16_bits_count(row: Row) -> None:
+    """Tensors that do not lie flat, each a little: every one has a layout of its own."""
+
+    def build() -> list[Tensor]:
+        many = torch.randn(2**15 + 10, 3, 4)
+        return [Parameter(part[:, :3] if i % 2 else part[:, 1:]) for i, part in enumerate(many)]
+
+    pair = on_both(row, build, **row.plain)
+    for optimizer in pair:
+        for p in all_params(optimizer):
+            p.grad = p.detach().clone()
+    step_on_the_device(pair[0])
+    step_on_the_cpu(pair[1])
+    assert_alike(*pair)
+
+
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_a_learning_rate_on_the_device(row: Row, dtype: torch.dtype) -> None:
     """The address of a tensor lr is read at each step, its value where the step is done."""

@@ -28,7 +28,7 @@ class CudaDevice final : public Device {
   int processors() const override { return processors_; }
   bool captures() const override {
     cudaStreamCaptureStatus status{};
-    C10_CUDA_CHECK(cudaStreamIsCapturing(stream(), &status));
+    C10_CUDA_CHECK(cudaStreamIsCapturing(current(), &status));
     return status != cudaStreamCaptureStatusNone;
   }
 
@@ -42,9 +42,9 @@ class CudaDevice final : public Device {
     C10_CUDA_CHECK(cudaMalloc(&memory, bytes));
     return {memory, memory, [](void* freed) { C10_CUDA_CHECK_WARN(cudaFree(freed)); }, device_};
   }
+  std::int64_t stream() const override { return current().id(); }
   void used(const c10::DataPtr& memory) override {
-    c10::cuda::CUDACachingAllocator::recordStream(memory,
-                                                  c10::cuda::getCurrentCUDAStream(device_.index()));
+    c10::cuda::CUDACachingAllocator::recordStream(memory, current());
   }
 
   void upload(void* to, const void* from, std::size_t bytes) override {
@@ -57,31 +57,26 @@ class CudaDevice final : public Device {
       C10_CUDA_CHECK(cudaMemcpyAsync(to, pinned.get(), bytes, cudaMemcpyHostToDevice, stream));
     });
     if (captures()) return;
-    allocator->record_event(pinned.get(), pinned.get_context(),
-                            c10::cuda::getCurrentCUDAStream(device_.index()).unwrap());
+    allocator->record_event(pinned.get(), pinned.get_context(), current().unwrap());
   }
   void zero(void* memory, std::size_t bytes) override {
     unrecorded(
         [&](cudaStream_t stream) { C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream)); });
   }
 
-  void launch(const Launch& what, const FewArguments& arguments) override {
+  void launch(const Launch& what, const void* arguments) override {
     const c10::cuda::CUDAGuard guard(device_);
-    C10_CUDA_CHECK(cuda::launch(what, arguments, stream()));
-  }
-  void launch(const Launch& what, const ManyArguments& arguments) override {
-    const c10::cuda::CUDAGuard guard(device_);
-    C10_CUDA_CHECK(cuda::launch(what, arguments, stream()));
+    C10_CUDA_CHECK(cuda::launch(what, arguments, current()));
   }
 
  private:
-  cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream(device_.index()); }
+  c10::cuda::CUDAStream current() const { return c10::cuda::getCurrentCUDAStream(device_.index()); }
 
   // On the current stream; during a capture on another one, and over when this returns.
   template <class Act>
   void unrecorded(Act act) const {
     const c10::cuda::CUDAGuard guard(device_);
-    if (!captures()) return act(stream());
+    if (!captures()) return act(current());
     const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
     const c10::cuda::CUDAStream other = c10::cuda::getStreamFromPool(false, device_.index());
     act(other);

@@ -5,6 +5,7 @@
 #include <c10/core/Device.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 
 #include "cuda/table.h"
@@ -25,14 +26,15 @@ class Device {
 
   // Memory that no one else writes, now or in a replay.
   virtual c10::DataPtr allocate(std::size_t bytes) = 0;
-  // Says that the next launch uses it, which may be on another stream than it was made on.
+  // The stream of the next launch, by number.
+  virtual std::int64_t stream() const = 0;
+  // Says that the stream uses memory, which may have been made on another.
   virtual void used(const c10::DataPtr& memory) = 0;
   // Both are done once, before the next launch; they are not recorded.
   virtual void upload(void* to, const void* from, std::size_t bytes) = 0;
   virtual void zero(void* memory, std::size_t bytes) = 0;
 
-  virtual void launch(const Launch& what, const FewArguments& arguments) = 0;
-  virtual void launch(const Launch& what, const ManyArguments& arguments) = 0;
+  virtual void launch(const Launch& what, const void* arguments) = 0;
 };
 
 // The host, on which plain CPU tensors stand for a device's. For tests: it runs the very tables

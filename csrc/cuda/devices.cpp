@@ -2,10 +2,10 @@
 
 #include <c10/core/Allocator.h>
 
-#include <algorithm>
 #include <utility>
 
 #include "cuda/emulation.h"
+#include "recent.h"
 
 #if FASTSGD_CUDA
 #include "cuda/cuda_device.h"
@@ -66,15 +66,12 @@ void DeviceWork::begin() {
 
 Update DeviceWork::update_of(const Rule& rule, int rule_number, const GroupOptions& options,
                              const Scaling& scaling) {
-  constexpr std::size_t kLooks = 8;  // a bound on the time this takes where no two are equal
-  Update update{&rule.structures[options.structure], kernel_number(rule_number, options.structure),
+  Update update{&rule.structures[options.structure], first_kernel(rule_number, options.structure),
                 -1, scaling.unscale, rule.adds_param(options.hypers)};
-  const std::size_t begin = made_.size() - std::min(made_.size(), kLooks);
-  for (std::size_t i = made_.size(); i-- > begin;) {
-    if (made_[i].options == options) {
-      update.row = made_[i].row;
-      return update;
-    }
+  const auto same = [&](const Made& other) { return other.options == options; };
+  if (const Made* made = find_recent(made_, same)) {
+    update.row = made->row;
+    return update;
   }
   Hypers hypers{};  // to the last byte, as they are compared by bytes
   for (int i = 0; i < rule.hyper_count; ++i) {

@@ -15,16 +15,18 @@ constexpr std::int64_t kBlocksEach = 16, kShortest = kThreads * 4, kLongest = kT
 
 const void* Table::bring(Device& device, const void* bytes, std::size_t count) {
   if (count == 0) return nullptr;
-  if (held_.size() == count && std::memcmp(held_.data(), bytes, count) == 0) {
-    device.used(memory_);
-    return memory_.get();
-  }
-  held_.clear();  // should one of these throw
+  const std::int64_t stream = device.stream();
   if (capacity_ < count) {
+    held_.clear();  // should this throw
     capacity_ = 0;
     memory_ = device.allocate(count + count / 2);
     capacity_ = count + count / 2;
+  } else if (stream != stream_) {
+    device.used(memory_);
   }
+  stream_ = stream;
+  if (held_.size() == count && std::memcmp(held_.data(), bytes, count) == 0) return memory_.get();
+  held_.clear();  // likewise
   device.upload(memory_.get(), bytes, count);
   held_.assign(static_cast<const char*>(bytes), static_cast<const char*>(bytes) + count);
   return memory_.get();
@@ -43,7 +45,7 @@ Engine::Batch& Engine::batch_for(const Span& span) {
     held_.emplace_back();
   }
   Batch& batch = batches_[used_++];
-  batch.what = {span.kernel, laid_out, 0};
+  batch.what = {span.kernel, laid_out, false, 0};
   batch.items.clear();
   batch.grads.clear();
   batch.layouts.clear();
@@ -114,7 +116,7 @@ void Engine::bring(Batch& batch, const Work& work) {
     using A = decltype(arguments);
     return work.hypers.size() <= A::kHypers && batch.grads.size() <= A::kGrads;
   };
-  batch.few = !batch.what.laid_out && fits(FewArguments{});
+  batch.what.few = !batch.what.laid_out && fits(FewArguments{});
   if (work.hypers.size() > ManyArguments::kHypers)
     tables.hypers = hypers_.bring(*device_, work.hypers);
   if (batch.grads.size() > ManyArguments::kGrads)
@@ -157,13 +159,13 @@ void Engine::launch(const Batch& batch) {
     std::copy(hypers_here_->begin(), hypers_here_->end(), arguments.hypers);
   if (batch.tables.grads == nullptr)
     std::copy(batch.grads.begin(), batch.grads.end(), arguments.grads);
-  device_->launch(batch.what, arguments);
+  device_->launch(batch.what, &arguments);
 }
 
 void Engine::launch() {
   for (std::size_t b = 0; b < used_; ++b) {
     const Batch& batch = batches_[b];
-    batch.few ? launch<FewArguments>(batch) : launch<ManyArguments>(batch);
+    batch.what.few ? launch<FewArguments>(batch) : launch<ManyArguments>(batch);
   }
 }
 

@@ -37,6 +37,7 @@ class Table {
 
   c10::DataPtr memory_;
   std::size_t capacity_ = 0;
+  std::int64_t stream_ = 0;  // that used it last
   std::vector<char> held_;
 };
 
@@ -59,9 +60,7 @@ class Engine {
     std::vector<Layout> layouts;
     std::vector<Chunk> chunks;
     std::vector<std::int64_t> counts;  // of the items that the chunks are for
-    std::int64_t chunk = 0;            // elements of one
     Tables tables{};
-    bool few = false;  // whether few arguments are enough
   };
   // What the device holds for the batches of one kernel.
   struct Held {

@@ -40,8 +40,9 @@ struct Steps {
 };
 
 template <class A>
-void run(const Launch& what, const A& arguments) {
+void run(const Launch& what, const void* in) {
   static const Steps steps;
+  const A& arguments = *static_cast<const A*>(in);
   steps.step[what.kernel](what, arguments.tables, arguments.hypers, arguments.grads);
 }
 
@@ -53,13 +54,15 @@ class HostDevice final : public Device {
   c10::DataPtr allocate(std::size_t bytes) override {
     return c10::GetCPUAllocator()->allocate(bytes);
   }
+  std::int64_t stream() const override { return 0; }
   void used(const c10::DataPtr&) override {}
   void upload(void* to, const void* from, std::size_t bytes) override {
     std::memcpy(to, from, bytes);
   }
   void zero(void* memory, std::size_t bytes) override { std::memset(memory, 0, bytes); }
-  void launch(const Launch& what, const FewArguments& arguments) override { run(what, arguments); }
-  void launch(const Launch& what, const ManyArguments& arguments) override { run(what, arguments); }
+  void launch(const Launch& what, const void* arguments) override {
+    what.few ? run<FewArguments>(what, arguments) : run<ManyArguments>(what, arguments);
+  }
 };
 
 }  // namespace

@@ -64,17 +64,18 @@ struct Steps {
   }
 };
 
-}  // namespace
-
 template <class A>
-cudaError_t launch(const Launch& what, const A& arguments, cudaStream_t stream) {
+const void* kernel(const Launch& what) {
   static const Steps<A> steps;
-  const auto kernel = reinterpret_cast<const void*>(steps.step[what.laid_out][what.kernel]);
-  void* parameters[] = {const_cast<A*>(&arguments)};
-  return cudaLaunchKernel(kernel, what.blocks, kThreads, parameters, 0, stream);
+  return reinterpret_cast<const void*>(steps.step[what.laid_out][what.kernel]);
 }
 
-template cudaError_t launch(const Launch&, const FewArguments&, cudaStream_t);
-template cudaError_t launch(const Launch&, const ManyArguments&, cudaStream_t);
+}  // namespace
+
+cudaError_t launch(const Launch& what, const void* arguments, cudaStream_t stream) {
+  void* parameters[] = {const_cast<void*>(arguments)};
+  return cudaLaunchKernel(what.few ? kernel<FewArguments>(what) : kernel<ManyArguments>(what),
+                          what.blocks, kThreads, parameters, 0, stream);
+}
 
 }  // namespace fastsgd::cuda

@@ -7,7 +7,6 @@
 
 namespace fastsgd::cuda {
 
-template <class A>
-cudaError_t launch(const Launch& what, const A& arguments, cudaStream_t stream);
+cudaError_t launch(const Launch& what, const void* arguments, cudaStream_t stream);
 
 }  // namespace fastsgd::cuda

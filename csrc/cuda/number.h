@@ -27,25 +27,27 @@ FASTSGD_LANE Number::Kind promoted(const Number& a, const Number& b) {
 }
 FASTSGD_LANE double as(const Number& a, Number::Kind kind) { return Number(a.value, kind).value; }
 
-FASTSGD_LANE Number operator+(const Number& a, const Number& b) {
+template <class Operate>
+FASTSGD_LANE Number operate(const Number& a, const Number& b, Operate operate) {
   const Number::Kind kind = promoted(a, b);
-  return {as(a, kind) + as(b, kind), kind};
+  return {operate(as(a, kind), as(b, kind)), kind};
+}
+
+FASTSGD_LANE Number operator+(const Number& a, const Number& b) {
+  return operate(a, b, [](double x, double y) { return x + y; });
 }
 FASTSGD_LANE Number operator-(const Number& a, const Number& b) {
-  const Number::Kind kind = promoted(a, b);
-  return {as(a, kind) - as(b, kind), kind};
+  return operate(a, b, [](double x, double y) { return x - y; });
 }
 FASTSGD_LANE Number operator*(const Number& a, const Number& b) {
-  const Number::Kind kind = promoted(a, b);
-  return {as(a, kind) * as(b, kind), kind};
+  return operate(a, b, [](double x, double y) { return x * y; });
 }
 // A Python number over a tensor is the tensor's reciprocal times the number, as in torch.
 FASTSGD_LANE Number operator/(const Number& a, const Number& b) {
-  const Number::Kind kind = promoted(a, b);
-  if (a.kind == Number::kPython && kind != Number::kPython) {
-    return Number(1 / b.value, kind) * a;
+  if (a.kind == Number::kPython && b.kind != Number::kPython) {
+    return Number(1 / b.value, b.kind) * a;
   }
-  return {as(a, kind) / as(b, kind), kind};
+  return operate(a, b, [](double x, double y) { return x / y; });
 }
 FASTSGD_LANE Number pow(const Number& base, double exponent) {
   return {::pow(base.value, exponent), base.kind};

@@ -32,7 +32,7 @@ struct Item {
   std::int64_t count;
   char* counter;        // its steps so far, a number on the device; null where nobody asks
   std::int32_t hypers;  // the number of its group's
-  std::int16_t layout;  // of those that do not lie flat
+  std::int32_t layout;  // of those that do not lie flat
   bool counter_is_double;
 };
 
@@ -74,10 +74,11 @@ static_assert(sizeof(FewArguments) <= 4096 && sizeof(ManyArguments) <= 32764);
 
 inline constexpr int kThreads = 256;  // of a block
 
-// How a kernel is found: by its number, and whether its items lie flat.
+// How a kernel is found: by its number, whether its items lie flat, and which arguments it takes.
 struct Launch {
   int kernel;
   bool laid_out;
+  bool few;  // FewArguments; else ManyArguments
   int blocks;
 };
 
