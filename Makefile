@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) $(wildcard build_support/*.py) setup.py pyproject.toml
 
-.PHONY: demo test test-slow bench lint format clean
+.PHONY: demo test test-slow bench gpu-check lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -21,6 +21,11 @@ test-slow: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m fastsgd bench
+
+# In an environment that has a torch with CUDA, of which nothing is changed: no network is needed.
+gpu-check:
+	FASTSGD_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps -e .
+	$(PYTHON) benchmarks/gpu_check.py
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

@@ -1,8 +1,11 @@
 """How ``fastsgd._C`` is compiled: the engine once, the kernels once for each instruction set.
 
+Where torch has CUDA and there is an nvcc, the CUDA kernels are compiled too, into the same module.
+
 Importable only where torch is.
 """
 
+import logging
 import os
 import shlex
 import shutil
@@ -14,6 +17,8 @@ import torch
 from setuptools import Extension
 from setuptools.errors import CompileError, PlatformError
 from torch.utils import cpp_extension
+
+from build_support import cuda
 
 KERNELS = "csrc/cpu/kernels.cpp"
 
@@ -87,13 +92,20 @@ class BuildExtension(cpp_extension.BuildExtension):
         os.makedirs(self.build_temp, exist_ok=True)
         try_compiler(compiler, self.build_temp)
         self.compiler_version = ask_version(compiler)
+        self.toolkit, lack = None, None
+        try:
+            self.toolkit = cuda.find_toolkit(compiler, self.build_temp)
+            self.announce(f"with CUDA kernels: {self.toolkit}", level=logging.INFO)
+        except cuda.NoToolkit as why:
+            lack = why
+            self.announce(f"without CUDA kernels: {why}", level=logging.INFO)
         super().run()
         for folder in [self.build_lib] + ["."] * bool(self.inplace):
             path = os.path.join(folder, "fastsgd", "_build_info.py")
-            write_build_info(path, self.compiler_version)
+            write_build_info(path, self.compiler_version, self.toolkit, lack)
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile the kernels' copies, which are linked into ``ext``."""
+        """Compile the kernels' copies, and the CUDA kernels, which are linked into ``ext``."""
         for name, flags in INSTRUCTION_SETS.items():
             ext.extra_objects += self.compiler.compile(
                 [KERNELS],
@@ -102,11 +114,28 @@ class BuildExtension(cpp_extension.BuildExtension):
                 include_dirs=[os.path.abspath("csrc")],
                 extra_postargs=[*FLAGS, *flags],
             )
+        if self.toolkit is not None:
+            self.add_cuda(ext, self.toolkit)
         # For the compiler and not for the linker: torch's own runtime serves, not a second one.
         # That is GCC's, and regions compiled by Clang call LLVM's: they stay on one thread.
         if "clang" not in self.compiler_version:
             ext.extra_compile_args.append("-fopenmp")
         super().build_extension(ext)
+
+    def add_cuda(self, ext: Extension, toolkit: cuda.Toolkit) -> None:
+        """Compile the CUDA kernels, and have ``ext`` call them and CUDA's libraries."""
+        cpp_extension.CUDA_HOME = toolkit.home  # torch guesses from where an nvcc is
+        compiler = cuda.host_compiler(os.environ["CXX"])
+        ext.extra_objects += self.compiler.compile(
+            [cuda.KERNELS],
+            output_dir=os.path.join(self.build_temp, "cuda"),
+            include_dirs=[os.path.abspath("csrc")],
+            extra_postargs={"cxx": [], "nvcc": [*toolkit.flags, *compiler]},
+        )
+        ext.define_macros.append(("FASTSGD_CUDA", "1"))
+        ext.extra_compile_args.append(f"-isystem{toolkit.include}")
+        ext.library_dirs.append(toolkit.libraries)
+        ext.libraries += [toolkit.runtime, "c10_cuda", "torch_cuda"]
 
 
 def find_compiler() -> str:
@@ -145,20 +174,27 @@ def ask_version(compiler: str) -> str:
     return lines[0] if lines else compiler
 
 
-def write_build_info(path: str, compiler: str) -> None:
+def write_build_info(
+    path: str, compiler: str, toolkit: cuda.Toolkit | None, lack: cuda.NoToolkit | None
+) -> None:
     """Write the module that is compared with the torch found at import, before ``_C`` loads."""
-    cuda = torch.version.cuda
+    facts = {
+        "TORCH_VERSION": quote(torch.__version__.partition("+")[0]),
+        "TORCH_CUDA: str | None": quote(torch.version.cuda),
+        "COMPILER": quote(compiler),
+        "CUDA_KERNELS: str | None": quote(str(toolkit) if toolkit else None),
+        "NO_CUDA_KERNELS: str | None": quote(str(lack) if lack else None),
+        "CUDA_CURE: str | None": quote(lack.cure if lack else None),
+    }
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w") as file:
-        file.write(
-            '"""What fastsgd._C was compiled with (written by the build)."""\n\n'
-            f"TORCH_VERSION = {quote(torch.__version__.partition('+')[0])}\n"
-            f"TORCH_CUDA = {quote(cuda) if cuda else None}\n"
-            f"COMPILER = {quote(compiler)}\n"
-            "CUDA_SOURCES = False\n"
-        )
+        file.write('"""What fastsgd._C was compiled with (written by the build)."""\n\n')
+        for name, fact in facts.items():
+            file.write(f"{name} = {fact}\n")
 
 
-def quote(text: str) -> str:
-    """Return ``text`` as a literal in double quotes."""
+def quote(text: str | None) -> str:
+    """Return ``text`` as a literal, in double quotes unless it is None."""
+    if text is None:
+        return "None"
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

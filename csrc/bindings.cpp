@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cpu/engine.h"
+#include "cuda/devices.h"
 #include "cuda/emulation.h"
 #include "modes.h"
 #include "plain.h"
@@ -165,5 +166,14 @@ PYBIND11_MODULE(_C, module) {
   module.def("emulate_device", &fastsgd::cuda::emulate,
              "For tests: whether plain CPU tensors are stepped by the tables and code that other "
              "devices get, run on the host.");
+  module.def(
+      "emulated_work",
+      [] {
+        const auto& work = fastsgd::cuda::emulated_work();
+        return std::pair(work.launches, work.uploads);
+      },
+      "For tests: how often kernels were launched, and tables uploaded, on the host so far.");
+  module.def("has_kernels_for", &fastsgd::cuda::has_kernels_for,
+             "Whether this build has kernels that run on a device.");
   module.def("threads", &fastsgd::threads, "How many threads a long step uses.");
 }

@@ -29,6 +29,7 @@ using Kernel = void (*)(const Row& row, const Run* run, std::int64_t runs);
 
 // What names a kernel on every device: the number of a rule, a structure of it, a storage type.
 inline constexpr int kNoKernel = -2;
+inline constexpr int kZero = -1;  // sets the first stream to zero, for elements of one byte
 inline constexpr int kKernels = Rules::kSize * kMaxStructures * kStorages;
 constexpr int first_kernel(int rule, int structure) {  // that for the first storage type
   return (rule * kMaxStructures + structure) * kStorages;

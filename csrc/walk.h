@@ -97,7 +97,7 @@ class Walker {
   // The same on another device than the CPU.
   template <int kStates, bool kCounts>
   [[gnu::noinline]] bool plan_on_device(cuda::DeviceWork& work, Group& group, Place place,
-                                        const Subject& subject, Owners owners);
+                                        Subject& subject, Owners owners, const StatesSeen& seen);
   bool plan_first_on_device(cuda::DeviceWork& work, Group& group, Place place, Subject& subject,
                             Owners owners, Creation& creation, const Birth& birth);
   [[gnu::noinline]] bool plan_first(Place place, Group& group, Subject& subject, Owners owners,
@@ -106,7 +106,7 @@ class Walker {
   [[gnu::noinline]] bool plan_first_shard(Place place, Group& group, Subject& subject,
                                           const Path& path, Shards::Seen& seen);
   Birth birth(const Group& group) const;
-  at::Tensor new_counter(PyObject* group);
+  at::Tensor new_counter(PyObject* group, c10::Device device);
   template <int kValues>
   static void fetch(const Path& path);
   template <bool kCounts>
@@ -121,6 +121,7 @@ class Walker {
   Update make_update(const GroupOptions& options, const Moment& moment);
   const Update& update_on(cuda::DeviceWork& work, Group& group);
   void zero(const at::Tensor& slot, bool directly);
+  bool add_zero(const at::Tensor& grad);
 
   const bool foreign_;
   const Rule& rule_;
@@ -128,7 +129,7 @@ class Walker {
   OptionReader options_;
   States states_;
   Plan plan_, zero_plan_;
-  cuda::Devices devices_;
+  cuda::Devices devices_, zero_devices_;
   std::uint64_t cpu_keys_ = 0;  // of plain tensors for which the CPU's kernels are to work
   Routes routes_;
   DictKey param_groups_{"param_groups"}, state_{"state"}, defaults_{"defaults"}, params_{"params"},
@@ -173,6 +174,7 @@ struct Walker::Cleanup {
     walker.plan_.release();
     for (const auto& work : walker.devices_.all()) work->plan.release();
     walker.zero_plan_.release();
+    for (const auto& work : walker.zero_devices_.all()) work->plan.release();
   }
 };
 

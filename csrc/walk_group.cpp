@@ -127,7 +127,7 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
   }
   if (Fields::keys(*subject.tensor[kParam]) != cpu_keys_) [[unlikely]] {
     if (auto* work = devices_.find(*subject.tensor[kParam])) {
-      return plan_on_device<kStates, kCounts>(*work, group, place(), subject, owners);
+      return plan_on_device<kStates, kCounts>(*work, group, place(), subject, owners, path.states);
     }
   }
   Moment moment;
@@ -145,12 +145,20 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
 }
 
 template <int kStates, bool kCounts>
-bool Walker::plan_on_device(cuda::DeviceWork& work, Group& group, Place place,
-                            const Subject& subject, Owners owners) {
+bool Walker::plan_on_device(cuda::DeviceWork& work, Group& group, Place place, Subject& subject,
+                            Owners owners, const StatesSeen& seen) {
   if constexpr (kCounts) {
-    c10::TensorImpl& counter = *subject.tensor[kState + kStates];
-    if (!work.plan.counters().note(counter)) {
-      check_counter(place, counter);
+    c10::TensorImpl*& counter = subject.tensor[kState + kStates];
+    if (!work.plan.counters().note(*counter)) {
+      check_counter(place, *counter);
+      // Stock's default path keeps it on the CPU, and so do its checkpoints.
+      if (plain().type_of(*counter) > 1) return false;
+      at::Tensor& there = states_.create(seen, group.options.structure).value[kStates];
+      there = at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(counter))
+                  .to(work.device().tensors(), /*non_blocking=*/true);
+      counter = there.unsafeGetTensorImpl();
+      if (plan_on_device<kStates, kCounts>(work, group, place, subject, owners, seen)) return true;
+      states_.create_no_more();
       return false;
     }
   }
@@ -231,7 +239,8 @@ bool Walker::plan_first(Place place, Group& group, Subject& subject, Owners owne
   Moment moment;
   moment.first = !rule_.counts;
   if (rule_.counts) {
-    at::Tensor& counter = creation.value[subject.streams - kState] = new_counter(group.dict);
+    at::Tensor& counter = creation.value[subject.streams - kState] =
+        new_counter(group.dict, at::kCPU);
     // One made in inference mode cannot be read: torch knows when it may be written.
     if (!counter.defined() || !plan_.counters().read(*counter.unsafeGetTensorImpl(), moment.step)) {
       states_.create_no_more();
@@ -251,9 +260,9 @@ bool Walker::plan_first_on_device(cuda::DeviceWork& work, Group& group, Place pl
                                   Subject& subject, Owners owners, Creation& creation,
                                   const Birth& birth) {
   if (rule_.counts) {
-    at::Tensor& counter = creation.value[subject.streams - kState] = new_counter(group.dict);
+    at::Tensor& counter = creation.value[subject.streams - kState] =
+        new_counter(group.dict, work.device().tensors());
     if (!counter.defined()) return false;
-    counter = counter.to(work.device().tensors());
     if (!work.plan.counters().note(*counter.unsafeGetTensorImpl())) return false;
   }
   const Update& update = update_on(work, group);
@@ -271,14 +280,14 @@ bool Walker::plan_first_on_device(cuda::DeviceWork& work, Group& group, Place pl
   return true;
 }
 
-// Stock keeps counters on the CPU, in float64 where that is the default dtype. Undefined where only
-// stock can tell.
-at::Tensor Walker::new_counter(PyObject* group) {
+// Stock keeps counters in float64 where that is the default dtype. Undefined where only stock can
+// tell.
+at::Tensor Walker::new_counter(PyObject* group, c10::Device device) {
   PyObject* option = fused_.optional_in(group);
   bool fused = false;
   if (option != nullptr && !read_flag(option, fused)) return {};
   const bool is_double = c10::get_default_dtype_as_scalartype() == at::kDouble && !fused;
-  return at::scalar_tensor(0, is_double ? at::kDouble : at::kFloat);
+  return at::scalar_tensor(0, at::device(device).dtype(is_double ? at::kDouble : at::kFloat));
 }
 
 // --- all parameters of a group ------------------------------------------------------------------

@@ -8,9 +8,6 @@
 
 namespace fastsgd {
 
-// In place of a kernel's number: sets the first stream to zero, for elements of one byte.
-inline constexpr int kZero = -1;
-
 // Neighbouring runs that one kernel takes with one row of scalars. Where there is a layout there is
 // one run, and its streams do not lie flat but as the layout says.
 struct Span {

@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "cuda/emulation.h"
 #include "lookahead.h"
 #include "modes.h"
 #include "prefetch.h"
@@ -35,6 +36,8 @@ bool Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& 
   const Busy guard(busy);
   const Cleanup cleanup{*this};
   zero_plan_.begin();
+  for (const auto& work : zero_devices_.all()) work->begin();
+  cpu_keys_ = cuda::emulated() ? 0 : plain().keys;
   const bool directly = !any_mode();
   const Ref kept = Ref::borrow(param_groups_.optional_in(attributes_of(optimizer)));
   PyObject* groups = kept.get();
@@ -71,16 +74,26 @@ bool Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& 
       }
     }
   }
+  for (const auto& work : zero_devices_.all()) work->prepare({});
   zero_plan_.run(false);
+  for (const auto& work : zero_devices_.all()) work->launch();
   return true;
 }
 
+// False where memory has gaps, or is not plain.
+bool Walker::add_zero(const at::Tensor& grad) {
+  c10::TensorImpl& tensor = *grad.unsafeGetTensorImpl();
+  if (Fields::keys(tensor) == cpu_keys_) [[likely]]
+    return zero_plan_.add_zero(grad);
+  auto* work = zero_devices_.find(tensor);
+  return work != nullptr && work->plan.add_zero(grad);
+}
+
 void Walker::zero(const at::Tensor& slot, bool directly) {
-  if (directly && !slot.requires_grad() && !slot.is_inference() && zero_plan_.add_zero(slot)) {
-    return;
-  }
+  if (directly && !slot.requires_grad() && !slot.is_inference() && add_zero(slot)) return;
   // What follows may run Python code: the end of a graph, a dispatched operator.
   zero_plan_.retain();
+  for (const auto& work : zero_devices_.all()) work->plan.retain();
   const at::Tensor grad = slot;
   TORCH_CHECK(
       !grad.is_inference() || c10::InferenceMode::is_enabled(),
@@ -93,7 +106,7 @@ void Walker::zero(const at::Tensor& slot, bool directly) {
       grad.set_requires_grad(false);
     }
   }
-  if (directly && zero_plan_.add_zero(grad)) return;
+  if (directly && add_zero(grad)) return;
   grad.zero_();
 }
 

@@ -21,10 +21,11 @@ __all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RMSprop", "__version__", "cuda_av
 def cuda_available() -> bool:
     """Return whether this build holds CUDA kernels and torch finds a device to run them on.
 
-    Without them CUDA parameters are stepped by torch's own code.
+    Without them CUDA parameters are stepped by torch's own code. ``python -m fastsgd info`` says
+    why there are none.
     """
     import torch
 
-    from fastsgd._build_info import CUDA_SOURCES
+    from fastsgd._build_info import CUDA_KERNELS
 
-    return bool(CUDA_SOURCES) and torch.cuda.is_available()
+    return CUDA_KERNELS is not None and torch.cuda.is_available()

@@ -24,7 +24,7 @@ def check() -> None:
     if importlib.util.find_spec("torch") is None:
         raise ImportError(
             "fastsgd needs PyTorch, and there is none in this environment: install torch, then "
-            f"build fastsgd against it with {_rebuild()}."
+            f"build fastsgd against it with {rebuild_command()}."
         )
     if not (_is_beside("_C") and _is_beside("_build_info")):
         raise ImportError(_not_built())
@@ -38,7 +38,7 @@ def check() -> None:
     if found != compiled:
         raise ImportError(
             f"fastsgd was compiled against {compiled} and finds {found}: "
-            f"rebuild it with {_rebuild()}."
+            f"rebuild it with {rebuild_command()}."
         )
 
 
@@ -57,7 +57,7 @@ def _not_built() -> str:
         wanted = EXTENSION_SUFFIXES[0]
         return (
             f"fastsgd in {_PACKAGE} was compiled for another Python (this one loads _C{wanted}): "
-            f"rebuild it with {_rebuild()}."
+            f"rebuild it with {rebuild_command()}."
         )
     root = os.path.dirname(_PACKAGE)
     if os.path.exists(os.path.join(root, "setup.py")):
@@ -65,11 +65,13 @@ def _not_built() -> str:
             f"{root} is fastsgd's source and was not built: run Python from another folder to use "
             f"an installed fastsgd, or build this one with `pip install -e {shlex.quote(root)}`."
         )
-    return f"fastsgd in {_PACKAGE} lacks its compiled extension: rebuild it with {_rebuild()}."
+    return (
+        f"fastsgd in {_PACKAGE} lacks its compiled extension: rebuild it with {rebuild_command()}."
+    )
 
 
-def _rebuild() -> str:
-    """Say how to compile fastsgd again: from source, past any cached wheel."""
+def rebuild_command() -> str:
+    """Return the command that compiles fastsgd again, past any cached wheel, in quotes."""
     if importlib.util.find_spec("pip") is not None:
         command = f"{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir"
     else:  # Isolated by uv, the build would not see this torch.

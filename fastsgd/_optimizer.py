@@ -20,7 +20,8 @@ from torch.autograd.profiler import record_function
 from torch.compiler import is_compiling
 from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
-from fastsgd import _C
+from fastsgd import _C, _build_info
+from fastsgd._check import rebuild_command
 
 Step = Callable[..., Any]
 # For each group, indices of parameters; without any group, every parameter is meant.
@@ -190,14 +191,36 @@ _warned_of: set[str] = set()
 
 
 def _warn_of_devices(params: list[Tensor]) -> None:
-    """Say once for each kind of device that its parameters take torch's path."""
-    for kind in {param.device.type for param in params} - {"cpu", "meta"} - _warned_of:
-        _warned_of.add(kind)
-        warnings.warn(
-            f"fastsgd has kernels for the CPU only: parameters on {kind} are stepped by torch's "
-            "own code, with torch's results and torch's speed.",
-            stacklevel=2,
+    """Say once why parameters on a device take torch's path, where there are no kernels for it."""
+    for device in {param.device for param in params if param.device.type != "meta"}:
+        if _C.has_kernels_for(device):
+            continue
+        text = _why_not_on(device)
+        if text not in _warned_of:
+            _warned_of.add(text)
+            warnings.warn(text, stacklevel=2)
+
+
+def _why_not_on(device: torch.device) -> str:
+    fate = (
+        f"parameters on {device.type} are stepped by torch's own code, with torch's results and "
+        "torch's speed."
+    )
+    if device.type != "cuda":
+        return f"fastsgd has kernels for the CPU and for CUDA: {fate}"
+    rebuild = f"rebuild fastsgd with {rebuild_command()}"
+    kernels = _build_info.CUDA_KERNELS
+    if kernels is not None:
+        major, minor = torch.cuda.get_device_capability(device)
+        return (
+            f"fastsgd's CUDA kernels were compiled by {kernels}, not for {device} "
+            f"({torch.cuda.get_device_name(device)}, sm_{major}{minor}): {fate} For the fast path, "
+            f"set TORCH_CUDA_ARCH_LIST={major}.{minor} and {rebuild}."
         )
+    return (
+        f"fastsgd has no CUDA kernels, as {_build_info.NO_CUDA_KERNELS} when it was built: {fate} "
+        f"For the fast path, {_build_info.CUDA_CURE}, then {rebuild}."
+    )
 
 
 def _reset_grad(param: Tensor, set_to_none: bool) -> None:

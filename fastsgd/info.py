@@ -54,11 +54,14 @@ def capability() -> str:
 
 def cuda() -> str:
     """`yes` and the devices, or `no` and the reason."""
+    kernels = _build_info.CUDA_KERNELS
     if fastsgd.cuda_available():
         devices = range(torch.cuda.device_count())
-        return "yes: " + ", ".join(torch.cuda.get_device_name(device) for device in devices)
-    if not _build_info.CUDA_SOURCES:
-        return "no: this build has no CUDA kernels; CUDA parameters take torch's own path"
-    if torch.version.cuda is None:
-        return "no: the torch found is a CPU build"
-    return "no: torch finds no CUDA device"
+        names = ", ".join(torch.cuda.get_device_name(device) for device in devices)
+        return f"yes: {names} (kernels by {kernels})"
+    if kernels is not None:
+        return f"no: torch finds no CUDA device (kernels by {kernels})"
+    return (
+        f"no: when this was built, {_build_info.NO_CUDA_KERNELS}; CUDA parameters take torch's own "
+        "path"
+    )

@@ -13,8 +13,6 @@ from torch import Tensor
 
 import fastsgd
 
-devices = ["cpu"]
-
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 EXACT = (torch.float32, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)

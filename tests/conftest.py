@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import OPTIMIZERS, Row, devices
+from cases import OPTIMIZERS, Row
 from oracle import exact_roots
 
 
@@ -25,10 +25,4 @@ def settings() -> Iterator[None]:
 @pytest.fixture(params=OPTIMIZERS, ids=repr)
 def row(request: pytest.FixtureRequest) -> Row:
     """Every optimizer."""
-    return request.param
-
-
-@pytest.fixture(params=devices)
-def device(request: pytest.FixtureRequest) -> str:
-    """Every device."""
     return request.param

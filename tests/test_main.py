@@ -119,26 +119,33 @@ def test_info_needs_no_extra() -> None:
 
 
 @pytest.mark.parametrize(
-    "available, sources, torch_cuda, line",
+    "available, kernels, lack, line",
     [
-        (True, True, "13.0", "yes: A GPU, A GPU"),
-        (False, False, None, "no: this build has no CUDA kernels; CUDA parameters take torch's"),
-        (False, False, "13.0", "no: this build has no CUDA kernels; CUDA parameters take torch's"),
-        (False, True, None, "no: the torch found is a CPU build"),
-        (False, True, "13.0", "no: torch finds no CUDA device"),
+        (True, "nvcc 13.0 for sm_90", None, "yes: A GPU, A GPU (kernels by nvcc 13.0 for sm_90)"),
+        (
+            False,
+            None,
+            "there was no nvcc",
+            "no: when this was built, there was no nvcc; CUDA param",
+        ),
+        (False, "nvcc 13.0 for sm_90", None, "no: torch finds no CUDA device (kernels by nvcc 13"),
     ],
 )
 def test_cuda_or_why_not(
     available: bool,
-    sources: bool,
-    torch_cuda: str | None,
+    kernels: str | None,
+    lack: str | None,
     line: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fastsgd, "cuda_available", lambda: available)
-    monkeypatch.setattr(_build_info, "CUDA_SOURCES", sources)
-    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(_build_info, "CUDA_KERNELS", kernels)
+    monkeypatch.setattr(_build_info, "NO_CUDA_KERNELS", lack)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     assert info.cuda().startswith(line)
-    assert info.cuda_release(torch_cuda) == ("CUDA 13.0" if torch_cuda else "CPU build")
+
+
+@pytest.mark.parametrize("release, text", [("13.0", "CUDA 13.0"), (None, "CPU build")])
+def test_cuda_release(release: str | None, text: str) -> None:
+    assert info.cuda_release(release) == text

@@ -190,4 +190,24 @@ struct Block {
   }
 };
 
+// A thread's share of a chunk whose bytes are set to zero.
+FASTSGD_LANE void zero_bytes(const Tables& tables, std::int64_t block, int thread) {
+  const Chunk& chunk = tables.chunks[block];
+  char* bytes = tables.items[chunk.item].stream[kParam] + chunk.begin;
+  const auto over = static_cast<int>(reinterpret_cast<std::uintptr_t>(bytes) % kPackBytes);
+  const int needed = (kPackBytes - over) % kPackBytes;
+  const int head = needed < chunk.count ? needed : chunk.count;
+  const int packs = (chunk.count - head) / kPackBytes;
+  struct alignas(kPackBytes) Pack {
+    std::uint64_t half[2];
+  };
+  FASTSGD_ASSUME_GLOBAL(bytes);
+  for (int i = thread; i < packs; i += kThreads) {
+    *reinterpret_cast<Pack*>(bytes + head + i * kPackBytes) = {};
+  }
+  FASTSGD_ROLLED for (int i = thread; i < head; i += kThreads) bytes[i] = 0;
+  FASTSGD_ROLLED for (int i = head + packs * kPackBytes + thread; i < chunk.count; i += kThreads)
+      bytes[i] = 0;
+}
+
 }  // namespace fastsgd::cuda

@@ -7,8 +7,11 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAMacros.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <array>
+#include <cstdint>
 #include <cstring>
 
 #include "cuda/kernels.h"
@@ -91,6 +94,18 @@ class CudaDevice final : public Device {
 
 std::unique_ptr<Device> cuda_device(c10::Device device) {
   return std::make_unique<CudaDevice>(device);
+}
+
+bool runs_on(c10::Device device) {
+  enum Answer : std::uint8_t { kUnasked, kNo, kYes };
+  static std::array<Answer, C10_COMPILE_TIME_MAX_GPUS> answers{};
+  Answer& answer = answers[static_cast<std::size_t>(device.index())];
+  if (answer == kUnasked) {
+    const c10::cuda::CUDAGuard guard(device);
+    answer = look_for_code() == cudaSuccess ? kYes : kNo;
+    if (answer == kNo) static_cast<void>(cudaGetLastError());  // or torch would find it
+  }
+  return answer == kYes;
 }
 
 }  // namespace fastsgd::cuda

@@ -9,4 +9,7 @@ namespace fastsgd::cuda {
 
 std::unique_ptr<Device> cuda_device(c10::Device device);
 
+// Whether the kernels were compiled for it.
+bool runs_on(c10::Device device);
+
 }  // namespace fastsgd::cuda

@@ -18,10 +18,30 @@ bool emulates = false;
 
 constexpr std::size_t kCounts = 1024;  // of first steps that share a piece of memory
 
+// Null where there are no kernels.
+std::unique_ptr<Device> device_for(c10::Device device) {
+  if (emulates && device.is_cpu()) return host_device();
+#if FASTSGD_CUDA
+  if (device.is_cuda() && runs_on(device)) return cuda_device(device);
+#endif
+  return nullptr;
+}
+
 }  // namespace
+
+bool has_kernels_for([[maybe_unused]] c10::Device device) {
+#if FASTSGD_CUDA
+  if (device.is_cuda()) return runs_on(device);
+#endif
+  return device.is_cpu();
+}
 
 bool emulated() { return emulates; }
 void emulate(bool on) { emulates = on; }
+EmulatedWork& emulated_work() {
+  static EmulatedWork work;
+  return work;
+}
 
 // --- first steps --------------------------------------------------------------------------------
 
@@ -110,19 +130,11 @@ void DeviceWork::launch() {
 
 DeviceWork* Devices::find(const c10::TensorImpl& tensor) {
   const c10::Device device = tensor.device();
-#if FASTSGD_CUDA
-  if (!device.is_cuda() && !(emulates && device.is_cpu())) return nullptr;
-#else
-  if (!emulates || !device.is_cpu()) return nullptr;
-#endif
   for (const auto& work : works_) {
-    if (work->device().tensors() == device) return work.get();
+    if (work->device().tensors() == device && (emulates || !device.is_cpu())) return work.get();
   }
-#if FASTSGD_CUDA
-  auto made = device.is_cpu() ? host_device() : cuda_device(device);
-#else
-  auto made = host_device();
-#endif
+  auto made = device_for(device);
+  if (made == nullptr) return nullptr;
   works_.push_back(std::make_unique<DeviceWork>(std::move(made)));
   works_.back()->begin();
   return works_.back().get();

@@ -13,6 +13,9 @@
 
 namespace fastsgd::cuda {
 
+// Whether this build has kernels that run on a device, the CPU among them.
+bool has_kernels_for(c10::Device device);
+
 // Whether a parameter has taken its first step, for rules that count none: only the device knows,
 // as a step may be skipped there, or recorded and run later. So there is a count of steps, beside
 // the state that the first step makes, and for as long as that lives.

@@ -1,11 +1,19 @@
 // A host that stands for a device.
 #pragma once
 
+#include <cstdint>
+
 namespace fastsgd::cuda {
 
 // Whether plain CPU tensors are taken for a device's, on which the host does what kernels would do:
 // slowly, to test their code and tables. Off unless switched on.
 bool emulated();
 void emulate(bool on);
+
+// What it has been asked for so far.
+struct EmulatedWork {
+  std::int64_t launches = 0, uploads = 0;
+};
+EmulatedWork& emulated_work();
 
 }  // namespace fastsgd::cuda

@@ -10,6 +10,8 @@ namespace {
 // A chunk is so long that there are this many blocks for each multiprocessor, within bounds: below,
 // a block would cost more than its work; above, the last ones would run alone.
 constexpr std::int64_t kBlocksEach = 16, kShortest = kThreads * 4, kLongest = kThreads * 64;
+// The same of bytes to set to zero, which are less work than elements.
+constexpr std::int64_t kZeroes = 16;
 
 }  // namespace
 
@@ -73,7 +75,7 @@ void Engine::collect(const Work& work) {
         batch.layouts.push_back(*span.layout);
       }
       batch.items.push_back(item);
-      batch.grads.push_back(run.stream[kGrad]);
+      if (span.kernel != kZero) batch.grads.push_back(run.stream[kGrad]);
     }
   }
 }
@@ -89,8 +91,9 @@ void Engine::cut(Batch& batch) const {
   }
   if (as_before) return;
   const std::int64_t share = total / (device_->processors() * kBlocksEach);
+  const std::int64_t times = batch.what.kernel == kZero ? kZeroes : 1, shortest = kShortest * times;
   const std::int64_t chunk =
-      std::clamp((share + kShortest - 1) / kShortest * kShortest, kShortest, kLongest);
+      std::clamp((share + shortest - 1) / shortest * shortest, shortest, kLongest * times);
   batch.counts.clear();
   batch.chunks.clear();
   for (std::size_t i = 0; i < batch.items.size(); ++i) {

@@ -7,6 +7,7 @@
 
 #include "cuda/block.h"
 #include "cuda/device.h"
+#include "cuda/emulation.h"
 
 namespace fastsgd::cuda {
 namespace {
@@ -39,10 +40,17 @@ struct Steps {
   }
 };
 
+void zero(const Launch& what, const Tables& tables) {
+  for (int b = 0; b < what.blocks; ++b) {
+    for (int thread = 0; thread < kThreads; ++thread) zero_bytes(tables, b, thread);
+  }
+}
+
 template <class A>
 void run(const Launch& what, const void* in) {
   static const Steps steps;
   const A& arguments = *static_cast<const A*>(in);
+  if (what.kernel == kZero) return zero(what, arguments.tables);
   steps.step[what.kernel](what, arguments.tables, arguments.hypers, arguments.grads);
 }
 
@@ -57,10 +65,12 @@ class HostDevice final : public Device {
   std::int64_t stream() const override { return 0; }
   void used(const c10::DataPtr&) override {}
   void upload(void* to, const void* from, std::size_t bytes) override {
+    ++emulated_work().uploads;
     std::memcpy(to, from, bytes);
   }
   void zero(void* memory, std::size_t bytes) override { std::memset(memory, 0, bytes); }
   void launch(const Launch& what, const void* arguments) override {
+    ++emulated_work().launches;
     what.few ? run<FewArguments>(what, arguments) : run<ManyArguments>(what, arguments);
   }
 };

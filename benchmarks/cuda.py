@@ -1,0 +1,282 @@
+"""Steps on a CUDA device, ours against stock's modes and against a copy of memory, in one run.
+
+    python benchmarks/cuda.py --json benchmarks/results/$(date +%F)-cuda.json
+
+Each line is checked against the same steps in float64 before it is timed, and has the bar that it
+is to reach. `--device cpu` runs the same code over CPU tensors, to test it: its figures are none.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+import fastsgd
+from fastsgd.bench.check import CHECK_LR, CHECK_STEPS, make_steps, wrong_elements
+from fastsgd.bench.contestants import parameters_of, set_options
+from fastsgd.bench.measure import Spread, undisturbed
+from fastsgd.bench.rules import RULES, Mode, Rule
+from fastsgd.bench.shapes import SHAPES, Shape
+
+MORE_SHAPES = {
+    "1000x1024": Shape("1000x1024", ((1024,),) * 1000),
+    "100x65536": Shape("100x65536", ((65536,),) * 100),
+    "1 Gi": Shape("1 Gi", ((2**26,),) * 16),
+}
+PAIRS = 15
+CALLS = 20  # of a block whose calls are short: fewer than a device's queue holds
+BLOCK_SECONDS = 0.05  # of one whose calls are long
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a figure of a line is to reach: at least, or at most where it is a time or a count."""
+
+    figure: str
+    limit: float
+
+    def met(self, value: float) -> bool:
+        """Whether it does."""
+        if self.figure in ("launches", "copies", "waits", "host_us"):
+            return value <= self.limit
+        return value >= self.limit
+
+
+@dataclass
+class Line:
+    """What was found of one shape and one rule.
+
+    Attributes:
+        shape: The shape's name.
+        rule: The rule's.
+        figures: By name: `host_us` (a call, not waited for), `total_us` (until the device is done),
+            `host_ratio` over stock's fused, `total_ratio` over the better of fused and foreach,
+            `fused_ratio` and `foreach_ratio` of the same, `of_copy` (bytes a second over a copy's),
+            `launches`, `copies` and `waits` of a step.
+        spreads: The quartiles of the ratios.
+        bars: What the figures are to reach.
+    """
+
+    shape: str
+    rule: str
+    figures: dict[str, float] = field(default_factory=dict)
+    spreads: dict[str, Spread] = field(default_factory=dict)
+    bars: list[tuple[Bar, bool]] = field(default_factory=list)
+
+
+BARS: list[tuple[str, str, list[Bar]]] = [
+    ("resnet-50", "sgd", [Bar("host_us", 25), Bar("host_ratio", 10)]),
+    ("resnet-50", "momentum", [Bar("host_us", 25), Bar("host_ratio", 10)]),
+    ("resnet-50", "adamw", [Bar("host_us", 25), Bar("host_ratio", 10)]),
+    ("resnet-50", "adagrad", [Bar("host_us", 25), Bar("host_ratio", 10)]),
+    ("resnet-50", "rmsprop", [Bar("host_us", 25), Bar("foreach_ratio", 5)]),
+    ("1000x1024", "adamw", [Bar("fused_ratio", 10)]),
+    ("100x65536", "momentum", [Bar("total_ratio", 3)]),
+    ("gpt-2", "adamw", [Bar("of_copy", 0.92), Bar("fused_ratio", 1)]),
+    ("gpt-2", "momentum", [Bar("of_copy", 0.92), Bar("fused_ratio", 1)]),
+    ("gpt-2-bf16", "adamw", [Bar("of_copy", 0.90)]),
+    ("1 Gi", "adam", [Bar("of_copy", 0.92)]),
+]
+
+
+class Timer:
+    """Times calls on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Take the device."""
+        self.device = device
+
+    def wait(self) -> None:
+        """Wait for all that was asked of the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, call: Callable[[], object], calls: int) -> tuple[float, float]:
+        """The time of a call: until it returned, and until the device was done."""
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        returned = time.perf_counter()
+        self.wait()
+        return (returned - start) / calls, (time.perf_counter() - start) / calls
+
+    def race(
+        self, ours: Callable[[], object], rival: Callable[[], object]
+    ) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+        """Time both in turn, pair by pair."""
+        calls = []
+        for call in (ours, rival):
+            _, once = self.seconds(call, 2)
+            calls.append(max(1, min(CALLS, int(BLOCK_SECONDS / once))))
+        times: tuple[list[Any], list[Any]] = ([], [])
+        with undisturbed():
+            for _ in range(PAIRS):
+                times[0].append(self.seconds(ours, calls[0]))
+                times[1].append(self.seconds(rival, calls[1]))
+        return times
+
+
+def values(shape: Shape, device: torch.device, seed: int) -> list[Tensor]:
+    """Normal values, the same at each call."""
+    generator = torch.Generator(device).manual_seed(seed)
+    like = {"generator": generator, "device": device, "dtype": shape.dtype}
+    return [torch.randn(size, **like) for size in shape.sizes]
+
+
+def optimizer_of(shape: Shape, mode: Mode, rule: Rule, device: torch.device) -> Optimizer:
+    """An optimizer over random parameters, each with a gradient, after the checked steps."""
+    params = [torch.nn.Parameter(p) for p in values(shape, device, 1)]
+    for p, g in zip(params, values(shape, device, 2), strict=True):
+        p.grad = g
+    optimizer = mode.optimizer(params, lr=CHECK_LR, **{**rule.options, **mode.options})
+    for _ in range(CHECK_STEPS):
+        optimizer.step()
+    return optimizer
+
+
+def check(shape: Shape, rule: Rule, optimizer: Optimizer, device: torch.device) -> int:
+    """How many elements are not what the same steps in float64 make of them, rounding aside."""
+    wrong = 0
+    starts, grads = values(shape, device, 1), values(shape, device, 2)
+    for start, grad, p in zip(starts, grads, parameters_of(optimizer), strict=True):
+        for a, g, b in zip(
+            *(x.detach().view(-1).split(2**24) for x in (start, grad, p)), strict=True
+        ):
+            true = a.to(torch.float64, copy=True)
+            make_steps(true, g.to(torch.float64), rule)
+            wrong += wrong_elements(a, true, b)
+    return wrong
+
+
+def line_of(shape: Shape, rule: Rule, timer: Timer) -> Line:
+    """Check, then race with each of stock's modes, and with a copy."""
+    line = Line(shape.name, rule.name)
+    device = timer.device
+    ours = optimizer_of(shape, rule.ours, rule, device)
+    wrong = check(shape, rule, ours, device)
+    if wrong:
+        raise SystemExit(f"{shape.name}, {rule.title}: {wrong} elements are wrong; nothing timed.")
+    set_options(ours, rule.timed)
+    host, total = zip(*(timer.seconds(ours.step, CALLS) for _ in range(PAIRS)), strict=True)
+    line.figures["host_us"] = 1e6 * statistics.median(host)
+    line.figures["total_us"] = 1e6 * statistics.median(total)
+    for mode in rule.rivals:
+        if mode.name == "default" or shape.elements >= 2**30:
+            continue
+        rival = optimizer_of(shape, mode, rule, device)
+        set_options(rival, rule.timed)
+        a, b = timer.race(ours.step, rival.step)
+        for which, name in ((0, "host"), (1, "total")):
+            ratios = [y[which] / x[which] for x, y in zip(a, b, strict=True)]
+            spread = Spread.of(ratios)
+            line.spreads[f"{name} {mode.name}"] = spread
+            if name == "total":
+                line.figures[f"{mode.name}_ratio"] = spread.median
+            elif mode.name == "fused":
+                line.figures["host_ratio"] = spread.median
+        del rival
+    ratios = [line.figures[n] for n in ("fused_ratio", "foreach_ratio") if n in line.figures]
+    if ratios:
+        line.figures["total_ratio"] = min(ratios)
+    if shape.large:
+        line.figures["of_copy"] = of_copy(shape, rule, ours, timer)
+    return line
+
+
+def of_copy(shape: Shape, rule: Rule, ours: Optimizer, timer: Timer) -> float:
+    """Bytes a second of a step, over those of a copy within as much memory."""
+    count = rule.bytes_touched(shape) // 2 // torch.float32.itemsize
+    source = torch.ones(count, device=timer.device)
+    target = torch.zeros_like(source)
+    a, b = timer.race(ours.step, lambda: target.copy_(source))
+    return statistics.median(
+        rule.bytes_moved(shape) / x[1] / (2 * source.nbytes / y[1])
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def launches(device: torch.device) -> Line:
+    """What a step of many tensors asks of the device, by the profiler. Its grads have moved."""
+    from torch.profiler import ProfilerActivity, profile
+
+    params = [
+        torch.nn.Parameter(torch.ones(16, device=device, dtype=dtype))
+        for _ in range(5000)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    optimizer = fastsgd.AdamW([{"params": params[g::465]} for g in range(465)])
+    for _ in range(3):
+        kept = [p.grad for p in params]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with profile(activities=list(ProfilerActivity)[:2]) as seen:
+            optimizer.step()
+        del kept
+    names = [event.name for event in seen.events()]
+    line = Line("10,000 tensors, 2 dtypes, 465 groups", "adamw")
+    for figure, starts in (
+        ("launches", ("cudaLaunchKernel", "cuLaunchKernel")),
+        ("copies", ("cudaMemcpy", "cudaMemset")),
+        ("waits", ("cudaStreamSynchronize", "cudaEventSynchronize")),
+    ):
+        line.figures[figure] = sum(name.startswith(starts) for name in names)
+    return line
+
+
+def lines(timer: Timer, shapes: list[str] | None) -> Iterator[Line]:
+    """Every line, with its bars."""
+    if shapes is None:
+        line = launches(timer.device)
+        line.bars = [
+            (bar, bar.met(line.figures[bar.figure]))
+            for bar in (Bar("launches", 2), Bar("copies", 2), Bar("waits", 0))
+        ]
+        yield line
+    for name, rule, bars in BARS:
+        if shapes is not None and name not in shapes:
+            continue
+        line = line_of((SHAPES | MORE_SHAPES)[name], RULES[rule], timer)
+        line.bars = [(bar, bar.met(line.figures[bar.figure])) for bar in bars]
+        yield line
+        if timer.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def main() -> int:
+    """Measure, print, and write JSON if asked; 1 where a bar is missed."""
+    parser = argparse.ArgumentParser(description="Time steps on a CUDA device.")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu to try the code")
+    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES | MORE_SHAPES), metavar="NAME")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    on_cuda = device.type == "cuda"
+    if on_cuda and not fastsgd.cuda_available():
+        parser.error("there is no CUDA device, or this build has no kernels for it")
+    name = torch.cuda.get_device_name(device) if on_cuda else "the CPU"
+    print(f"fastsgd {fastsgd.__version__} and torch {torch.__version__} on {name}")
+    found = []
+    for line in lines(Timer(device), options.shapes):
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in line.figures.items())
+        bars = ", ".join(f"{b.figure} {b.limit:g} {'met' if m else 'MISSED'}" for b, m in line.bars)
+        print(f"{line.shape:12} {line.rule:9} {figures}\n{'':23}bars: {bars}", flush=True)
+        found.append(line)
+    if options.json:
+        facts = {"device": name, "torch": torch.__version__, "fastsgd": fastsgd.__version__}
+        facts["date"] = time.strftime("%Y-%m-%d")
+        document = facts | {"lines": [asdict(line) for line in found]}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    return int(not all(met for line in found for _, met in line.bars))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
