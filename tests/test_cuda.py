@@ -233,9 +233,8 @@ def test_several_devices(row: Row) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one device")
     here = row.ours(parameters((131,), (131,))(), **row.rich)
-    there = row.ours([p.detach().to(f"cuda:{i}") for i, p in enumerate(all_params(here))])
-    for group in there.param_groups:
-        group.update(row.rich)
+    copies = [p.detach().to(f"cuda:{i}", copy=True) for i, p in enumerate(all_params(here))]
+    there = row.ours(copies, **row.rich)
     for step in range(3):
         give([there, here], step)
         CUDA.step(there)
