@@ -102,6 +102,8 @@ OptionReader::Read OptionReader::read_number(PyObject* object, Hyper::Kind kind,
     if (kind == Hyper::kNumberOrScalar && tensor->dim() != 0) return Read::kNot;
     if (kind == Hyper::kNumberOrSingle && tensor->scalar_type() != at::kFloat) return Read::kNot;
     if (const void* address = address_of(*tensor)) {
+      if (device_.value_or(tensor->device()) != tensor->device()) return Read::kNot;
+      device_ = tensor->device();
       number = Number::at(address, static_cast<std::int64_t>(tensor->scalar_type()));
     } else if (!read_value(*tensor, number)) {
       return Read::kNot;
@@ -134,14 +136,15 @@ const GroupOptions& OptionReader::read(PyObject* group, std::size_t number) {
     options.readable &= read_flag(differentiable, differentiates) && !differentiates;
   }
   bool constant = true;
+  device_.reset();
   for (std::size_t i = 0; i < hyper_keys_.size(); ++i) {
     const Read read = read_hyper(hyper_keys_[i].needed_in(group), rule_.hypers[i], seen.hypers[i],
                                  options.hypers[i]);
-    options.on_device |= options.hypers[i].is_there();
     options.readable &= read != Read::kNot;
     constant &= read == Read::kConstant;
     options.promotes |= options.hypers[i].tensor_dtype() == static_cast<std::int64_t>(at::kDouble);
   }
+  options.device = device_;
   if (!options.readable) return options;
   options.structure = rule_.structure(options.hypers);
   if (constant) seen.version = version;

@@ -23,10 +23,11 @@ struct GroupOptions {
   PyObject* params = nullptr;  // as the group holds them
   Number hypers[kMaxHypers];
   bool maximize = false;
-  bool readable = false;   // false: an option only stock can interpret
-  bool promotes = false;   // a float64 tensor, with which parameters of no dimension are promoted
-  bool on_device = false;  // some value is a tensor of another device, where only kernels read it
+  bool readable = false;  // false: an option only stock can interpret
+  bool promotes = false;  // a float64 tensor, with which parameters of no dimension are promoted
   int structure = 0;
+  std::optional<c10::Device>
+      device;  // where values are tensors, if not here: only kernels see them
 
   // Whether they are the same to the bit, and so make the same scalars; of whatever parameters.
   friend bool operator==(const GroupOptions& a, const GroupOptions& b) {
@@ -34,7 +35,7 @@ struct GroupOptions {
            a.readable == b.readable && a.promotes == b.promotes && a.structure == b.structure;
   }
   // Whether parameters can be taken without a closer look at the options.
-  bool usual() const { return readable && !promotes && !on_device; }
+  bool usual() const { return readable && !promotes && !device; }
 };
 
 // What a GradScaler leaves on an optimizer that does its own unscaling.
@@ -97,6 +98,7 @@ class OptionReader {
       grad_scale_{"grad_scale"}, found_inf_{"found_inf"};
   std::vector<DictKey> hyper_keys_;
   std::vector<GroupSeen> seen_;
+  std::optional<c10::Device> device_;  // of the group that is read
   std::vector<Range> tensors_;
 };
 

@@ -80,7 +80,8 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
   if (!group.options.usual()) [[unlikely]] {
     if (!group.options.readable) options_.refuse(place(), group.dict, param);
     if (!group.options.readable || (group.options.promotes && tensor->dim() == 0)) return false;
-    if (group.options.on_device && devices_.find(*tensor) == nullptr) return false;
+    const auto& there = group.options.device;
+    if (there && (tensor->device() != *there || devices_.find(*tensor) == nullptr)) return false;
   }
   c10::TensorImpl* grad_tensor = grad->unsafeGetTensorImpl();
   PyObject* grad_object = object_of(*grad_tensor);
@@ -153,6 +154,9 @@ bool Walker::plan_on_device(cuda::DeviceWork& work, Group& group, Place place, S
       check_counter(place, *counter);
       // Stock's default path keeps it on the CPU, and so do its checkpoints.
       if (plain().type_of(*counter) > 1) return false;
+      TORCH_CHECK(!work.device().captures(), at_place(place),
+                  ": its state 'step' is on the CPU, from where the first step brings it to the "
+                  "device, and a graph is being captured. Take one step before the capture.");
       at::Tensor& there = states_.create(seen, group.options.structure).value[kStates];
       there = at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(counter))
                   .to(work.device().tensors(), /*non_blocking=*/true);
@@ -274,7 +278,7 @@ bool Walker::plan_first_on_device(cuda::DeviceWork& work, Group& group, Place pl
     work.plan.counters().keep();
   } else {
     // The device may skip the step that would write it, or do it later.
-    creation.value[0].zero_();
+    at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(subject.tensor[kState])).zero_();
     work.note_first_step(work.first_steps.begin(work.device(), creation.value[0]));
   }
   return true;

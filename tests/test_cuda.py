@@ -24,6 +24,17 @@ CUDA = Place()
 Optimizer = torch.optim.Optimizer
 
 
+def fused_there(row: Row) -> dict[str, bool]:
+    """Return the flag ``fused``, where stock has such code for CUDA (torch 2.11's Adagrad not)."""
+    try:
+        stock = row.stock([torch.zeros(1, device="cuda", requires_grad=True)], **row.fused)
+        give([stock], 0)
+        stock.step()
+    except RuntimeError:
+        return {}
+    return row.fused
+
+
 def on_cuda(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Return random parameters there."""
     return CUDA.bring(parameters(*shapes, dtype=dtype)())
@@ -85,12 +96,12 @@ def test_one_launch_a_dtype(row: Row) -> None:
         kept = [p.grad for p in params]
         give([optimizer], step)
         if step:
-            launches, copies, waits = launches_and_waits(lambda: CUDA.step(optimizer))
+            launches, copies, waits = launches_and_waits(optimizer.step)
             assert (launches, waits) == (2, 0) and copies <= 2, (launches, copies, waits)
         else:
             CUDA.step(optimizer)
         del kept
-    assert launches_and_waits(lambda: CUDA.step(optimizer)) == (2, 0, 0)
+    assert launches_and_waits(optimizer.step) == (2, 0, 0)
     assert launches_and_waits(lambda: optimizer.zero_grad(set_to_none=False))[0] == 1
 
 
@@ -131,14 +142,14 @@ def test_near_stock(row: Row, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}, {"capturable": True}])
 def test_checkpoints_go_both_ways(row: Row, flags: dict[str, bool]) -> None:
     """Whatever flags stock was run with; counters end up on the device, where a step counts."""
-    if not row.takes(*flags):
-        pytest.skip("there is no such flag")
+    if not row.takes(*flags) or ("fused" in flags and not fused_there(row)):
+        pytest.skip("stock has no such code")
     torch.manual_seed(1)
     stock = row.stock(on_cuda(*ORDINARY_SHAPES), **row.rich, **flags)
     give([stock], 0)
     stock.step()
     ours = row.ours([Parameter(p.detach().clone()) for p in all_params(stock)], **row.rich)
-    ours.load_state_dict(stock.state_dict())
+    ours.load_state_dict(copy.deepcopy(stock.state_dict()))  # or they would share the states
     for step in range(1, 4):
         give([stock, ours], step)
         CUDA.step(ours)
@@ -148,7 +159,7 @@ def test_checkpoints_go_both_ways(row: Row, flags: dict[str, bool]) -> None:
     for states in ours.state.values():
         assert all(value.is_cuda for value in states.values() if isinstance(value, Tensor))
         assert not row.counts or int(states["step"]) == 4
-    stock.load_state_dict(ours.state_dict())
+    stock.load_state_dict(copy.deepcopy(ours.state_dict()))
     give([stock], 9)
     stock.step()
 
@@ -187,10 +198,12 @@ def test_scaler(row: Row) -> None:
             scaler.update()
 
     for overflows in ({0}, {2}, {2, 3}, set()):
+        if 0 in overflows and not row.counts:
+            continue  # stock's fused step leaves the buffer of a skipped first one uninitialised
         sides = []
         for cls in (row.ours, row.stock):
             torch.manual_seed(1)
-            sides.append(cls(on_cuda((33, 17), (17,)), **row.rich, **row.fused))
+            sides.append(cls(on_cuda((33, 17), (17,)), **row.rich, **fused_there(row)))
             train(sides[-1], overflows)
         for p, q in zip(*map(all_params, sides), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
@@ -266,7 +279,7 @@ def test_the_current_stream(row: Row) -> None:
 
 def captured(row: Row, steps: int, **options: Any) -> tuple[Optimizer, Optimizer]:
     """Train a captured optimizer and an eager one on the same inputs, lr moving on the device."""
-    sides, inputs, losses = [], [], []
+    sides, inputs = [], []
     for _ in range(2):
         torch.manual_seed(1)
         lr = torch.tensor(0.05, device="cuda")
@@ -279,8 +292,7 @@ def captured(row: Row, steps: int, **options: Any) -> tuple[Optimizer, Optimizer
         optimizer = sides[side]
         optimizer.zero_grad()
         pairs = zip(all_params(optimizer), inputs[side], strict=True)
-        losses.append(sum((p * x).sum() for p, x in pairs))
-        losses[-1].backward()
+        sum((p * x).sum() for p, x in pairs).backward()
         optimizer.step()
 
     def feed(step: int) -> None:

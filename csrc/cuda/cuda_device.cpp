@@ -13,6 +13,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <unordered_set>
 
 #include "cuda/kernels.h"
 
@@ -30,6 +31,7 @@ class CudaDevice final : public Device {
   c10::Device tensors() const override { return device_; }
   int processors() const override { return processors_; }
   bool captures() const override {
+    const c10::cuda::CUDAGuard guard(device_);
     cudaStreamCaptureStatus status{};
     C10_CUDA_CHECK(cudaStreamIsCapturing(current(), &status));
     return status != cudaStreamCaptureStatusNone;
@@ -43,7 +45,11 @@ class CudaDevice final : public Device {
     const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
     void* memory = nullptr;
     C10_CUDA_CHECK(cudaMalloc(&memory, bytes));
-    return {memory, memory, [](void* freed) { C10_CUDA_CHECK_WARN(cudaFree(freed)); }, device_};
+    const auto free = [](void* freed) {
+      const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+      C10_CUDA_CHECK_WARN(cudaFree(freed));
+    };
+    return {memory, memory, free, device_};
   }
   std::int64_t stream() const override { return current().id(); }
   void used(const c10::DataPtr& memory) override {
@@ -67,6 +73,15 @@ class CudaDevice final : public Device {
         [&](cudaStream_t stream) { C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream)); });
   }
 
+  void prepare(const Launch& what) override {
+    const std::int64_t number = (what.kernel * 2 + what.laid_out) * 2 + what.few;
+    if (!loaded_.insert(number).second) return;
+    const c10::cuda::CUDAGuard guard(device_);
+    const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+    const cudaError_t error = load(what);
+    if (error != cudaSuccess) loaded_.erase(number);
+    C10_CUDA_CHECK(error);
+  }
   void launch(const Launch& what, const void* arguments) override {
     const c10::cuda::CUDAGuard guard(device_);
     C10_CUDA_CHECK(cuda::launch(what, arguments, current()));
@@ -75,19 +90,24 @@ class CudaDevice final : public Device {
  private:
   c10::cuda::CUDAStream current() const { return c10::cuda::getCurrentCUDAStream(device_.index()); }
 
-  // On the current stream; during a capture on another one, and over when this returns.
+  // On the current stream; during a capture on one of our own, and over when this returns. (One of
+  // torch's could be the very one that captures.)
   template <class Act>
-  void unrecorded(Act act) const {
+  void unrecorded(Act act) {
     const c10::cuda::CUDAGuard guard(device_);
     if (!captures()) return act(current());
     const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
-    const c10::cuda::CUDAStream other = c10::cuda::getStreamFromPool(false, device_.index());
-    act(other);
-    C10_CUDA_CHECK(cudaStreamSynchronize(other));
+    if (own_ == nullptr) {
+      C10_CUDA_CHECK(cudaStreamCreateWithFlags(&own_, cudaStreamNonBlocking));
+    }
+    act(own_);
+    C10_CUDA_CHECK(cudaStreamSynchronize(own_));
   }
 
   c10::Device device_;
   int processors_ = 0;
+  cudaStream_t own_ = nullptr;  // kept for good: a few are made in a process's life
+  std::unordered_set<std::int64_t> loaded_;
 };
 
 }  // namespace
@@ -99,11 +119,18 @@ std::unique_ptr<Device> cuda_device(c10::Device device) {
 bool runs_on(c10::Device device) {
   enum Answer : std::uint8_t { kUnasked, kNo, kYes };
   static std::array<Answer, C10_COMPILE_TIME_MAX_GPUS> answers{};
-  Answer& answer = answers[static_cast<std::size_t>(device.index())];
+  const int index = device.has_index() ? device.index() : c10::cuda::current_device();
+  Answer& answer = answers[static_cast<std::size_t>(index)];
   if (answer == kUnasked) {
-    const c10::cuda::CUDAGuard guard(device);
-    answer = look_for_code() == cudaSuccess ? kYes : kNo;
-    if (answer == kNo) static_cast<void>(cudaGetLastError());  // or torch would find it
+    const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(index));
+    const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+    const cudaError_t error = load({kZero, false, true, 0});
+    if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction) {
+      C10_CUDA_CHECK(error);
+    } else {
+      static_cast<void>(cudaGetLastError());  // or torch would find it
+    }
+    answer = error == cudaSuccess ? kYes : kNo;
   }
   return answer == kYes;
 }

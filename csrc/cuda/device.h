@@ -34,6 +34,8 @@ class Device {
   virtual void upload(void* to, const void* from, std::size_t bytes) = 0;
   virtual void zero(void* memory, std::size_t bytes) = 0;
 
+  // Makes sure that a launch will not fail for want of its code or of memory for that.
+  virtual void prepare(const Launch& what) = 0;
   virtual void launch(const Launch& what, const void* arguments) = 0;
 };
 

@@ -66,6 +66,12 @@ char* FirstSteps::find(c10::TensorImpl& state) {
   return found == counts_.end() || found->second.state.expired() ? nullptr : found->second.at;
 }
 
+void FirstSteps::use(Device& device) {
+  if (device.stream() == stream_) return;
+  stream_ = device.stream();
+  for (const auto& entry : counts_) device.used(*entry.second.memory);
+}
+
 void FirstSteps::forget_the_dead() {
   std::erase_if(counts_, [](const auto& entry) { return entry.second.state.expired(); });
   worth_forgetting_ = 2 * counts_.size() + 64;
@@ -76,6 +82,12 @@ void FirstSteps::forget_the_dead() {
 DeviceWork::DeviceWork(std::unique_ptr<Device> device)
     : plan(plain_on(device->tensors()), *c10::GetAllocator(device->tensors().type())),
       engine_(std::move(device)) {}
+
+// As with the engine's own memory: a graph may go on counting.
+DeviceWork::~DeviceWork() {
+  static auto& kept = *new std::vector<FirstSteps>;
+  if (engine_.ever_captured()) kept.push_back(std::move(first_steps));
+}
 
 void DeviceWork::begin() {
   plan.begin();
@@ -115,6 +127,7 @@ Update DeviceWork::update_of(const Rule& rule, int rule_number, const GroupOptio
 }
 
 void DeviceWork::prepare(const Scaling& scaling) {
+  first_steps.use(engine_.device());
   const auto counted = plan.counters().kept();
   engine_.prepare({plan.spans(), plan.runs(), hypers_,
                    counted.empty() ? std::span<const Counters::Counter>(first_) : counted,

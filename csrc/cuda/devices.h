@@ -25,6 +25,8 @@ class FirstSteps {
   char* begin(Device& device, const at::Tensor& state);
   // The count for one with this state; null if it was not begun here, and its first step is past.
   char* find(c10::TensorImpl& state);
+  // Says that the device's stream uses the counts, if it is another than before.
+  void use(Device& device);
 
  private:
   struct Count {
@@ -38,12 +40,14 @@ class FirstSteps {
   std::size_t worth_forgetting_ = 64;
   std::shared_ptr<c10::DataPtr> memory_;  // of the next counts
   std::size_t used_ = 0;
+  std::int64_t stream_ = 0;
 };
 
 // The work of a step on one device.
 class DeviceWork {
  public:
   explicit DeviceWork(std::unique_ptr<Device> device);
+  ~DeviceWork();
 
   Plan plan;
   FirstSteps first_steps;

@@ -36,6 +36,19 @@ const void* Table::bring(Device& device, const void* bytes, std::size_t count) {
 
 Engine::Engine(std::unique_ptr<Device> device) : device_(std::move(device)) {}
 
+Engine::~Engine() {
+  if (!ever_captured()) return;
+  struct Rest {
+    std::vector<Held> kept, held;
+    std::vector<Table> hypers_kept;
+    Table hypers;
+    c10::DataPtr ticket;
+  };
+  static auto& rests = *new std::vector<Rest>;
+  rests.push_back({std::move(kept_), std::move(held_), std::move(hypers_kept_), std::move(hypers_),
+                   std::move(ticket_)});
+}
+
 Engine::Batch& Engine::batch_for(const Span& span) {
   const bool laid_out = span.layout != nullptr;
   for (std::size_t b = 0; b < used_; ++b) {
@@ -146,11 +159,16 @@ void Engine::prepare(const Work& work) {
     auto ticket = device_->allocate(sizeof(unsigned));
     device_->zero(ticket.get(), sizeof(unsigned));
     ticket_ = std::move(ticket);
+    stream_ = device_->stream();
+  } else if (device_->stream() != stream_) {
+    stream_ = device_->stream();
+    device_->used(ticket_);
   }
   collect(work);
   for (std::size_t b = 0; b < used_; ++b) {
     cut(batches_[b]);
     bring(batches_[b], work);
+    device_->prepare(batches_[b].what);
   }
 }
 

@@ -44,12 +44,16 @@ class Table {
 class Engine {
  public:
   explicit Engine(std::unique_ptr<Device> device);
+  // What a graph reads is left to it: the graph may be replayed when the optimizer is gone.
+  ~Engine();
 
   Device& device() { return *device_; }
   // Brings the device what it needs for the work. May throw; nothing of the step is done yet.
   void prepare(const Work& work);
   // Does what was prepared last.
   void launch();
+  // Whether a step was ever captured.
+  bool ever_captured() const { return captured_ || !kept_.empty(); }
 
  private:
   // The work of one launch.
@@ -81,7 +85,8 @@ class Engine {
   Table hypers_;
   const std::vector<Hypers>* hypers_here_ = nullptr;
   c10::DataPtr ticket_;
-  std::vector<Held> kept_;  // what replays read: never written again
+  std::int64_t stream_ = 0;  // that the ticket was used on last
+  std::vector<Held> kept_;   // what replays read: never written again
   std::vector<Table> hypers_kept_;
   bool captured_ = false;  // the last step
 };

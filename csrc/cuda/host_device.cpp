@@ -69,6 +69,7 @@ class HostDevice final : public Device {
     std::memcpy(to, from, bytes);
   }
   void zero(void* memory, std::size_t bytes) override { std::memset(memory, 0, bytes); }
+  void prepare(const Launch&) override {}
   void launch(const Launch& what, const void* arguments) override {
     ++emulated_work().launches;
     what.few ? run<FewArguments>(what, arguments) : run<ManyArguments>(what, arguments);

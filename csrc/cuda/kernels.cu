@@ -86,9 +86,9 @@ cudaError_t launch(const Launch& what, const void* arguments, cudaStream_t strea
   return cudaLaunchKernel(kernel(what), what.blocks, kThreads, parameters, 0, stream);
 }
 
-cudaError_t look_for_code() {
+cudaError_t load(const Launch& what) {
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(zero));
+  return cudaFuncGetAttributes(&attributes, kernel(what));
 }
 
 }  // namespace fastsgd::cuda

@@ -9,7 +9,7 @@ namespace fastsgd::cuda {
 
 cudaError_t launch(const Launch& what, const void* arguments, cudaStream_t stream);
 
-// An error where the kernels were not compiled for the current device.
-cudaError_t look_for_code();
+// Brings a kernel's code to the current device; an error where it was not compiled for that.
+cudaError_t load(const Launch& what);
 
 }  // namespace fastsgd::cuda

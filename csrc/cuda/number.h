@@ -49,8 +49,35 @@ FASTSGD_LANE Number operator/(const Number& a, const Number& b) {
   }
   return operate(a, b, [](double x, double y) { return x / y; });
 }
+
+// A power to a whole number from 1 on, by squares kept in two doubles each: the nearest double but
+// for one in a thousand. The host's library is as good, and a device's a unit off now and then.
+FASTSGD_LANE double whole_power(double base, double exponent) {
+  double high = 1, low = 0, square = base, rest = 0;
+  for (auto n = static_cast<std::int64_t>(exponent);;) {
+    if (n & 1) {
+      const double product = high * square;
+      const double error = lane::fma(high, square, -product) + (high * rest + low * square);
+      high = product + error;
+      low = error - (high - product);
+    }
+    if ((n >>= 1) == 0) return high;
+    const double product = square * square;
+    const double error = lane::fma(square, square, -product) + 2 * square * rest;
+    square = product + error;
+    rest = error - (square - product);
+  }
+}
+FASTSGD_LANE double power(double base, double exponent) {
+  if (exponent == 0.5) return lane::sqrt(base);
+  if (exponent >= 1 && exponent < 0x1p53 && exponent == ::floor(exponent)) {
+    const double power = whole_power(base, exponent);
+    if (::isfinite(power)) return power;
+  }
+  return ::pow(base, exponent);
+}
 FASTSGD_LANE Number pow(const Number& base, double exponent) {
-  return {::pow(base.value, exponent), base.kind};
+  return {power(base.value, exponent), base.kind};
 }
 
 // A hyper-parameter as the table has it.
