@@ -7,10 +7,13 @@
 
 #include <memory>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "cpu/engine.h"
 #include "cuda/devices.h"
 #include "cuda/emulation.h"
+#include "lists.h"
 #include "modes.h"
 #include "plain.h"
 #include "pydict.h"
@@ -128,6 +131,18 @@ PyObject* zero_grad(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// Of one optimizer: what its last steps found.
+py::object grad_norm(py::handle optimizer) {
+  const at::Tensor norm = Borrowed(optimizer.ptr())->grad_norm();
+  return norm.defined() ? py::cast(norm) : py::none();
+}
+std::int64_t skipped_steps(py::handle optimizer) {
+  return Borrowed(optimizer.ptr())->skipped_steps();
+}
+void note(py::handle optimizer, const at::Tensor& norm, bool skipped) {
+  Borrowed(optimizer.ptr())->note(norm, skipped);
+}
+
 PyMethodDef methods[] = {
     {"step", step, METH_O,
      "Step every parameter of an optimizer that has no hooks and is not profiled. Returns whether "
@@ -175,5 +190,28 @@ PYBIND11_MODULE(_C, module) {
       "For tests: how often kernels were launched, and tables uploaded, on the host so far.");
   module.def("has_kernels_for", &fastsgd::cuda::has_kernels_for,
              "Whether this build has kernels that run on a device.");
+  module.def("grad_norm", &fastsgd::grad_norm,
+             "The total norm of the gradients at an optimizer's last step; None before.");
+  module.def("skipped_steps", &fastsgd::skipped_steps, "How many steps an optimizer has skipped.");
+  module.def("note", &fastsgd::note,
+             "Note the norm that Python has found for an optimizer, and whether it skips the step.");
+  module.def(
+      "norm_of",
+      [](const py::list& tensors, bool of_grads, bool infinity) {
+        auto norm = fastsgd::norm_of_all(tensors.ptr(), of_grads, infinity);
+        return std::tuple(norm.value, norm.count, norm.any_double, std::move(norm.left));
+      },
+      "The norm of a list's tensors together, or of their grads, of order infinity (or 2) in "
+      "double; how many there are; whether any is float64; and the numbers of those that were "
+      "left out: not plain ones on the CPU.");
+  module.def(
+      "scale",
+      [](const py::list& tensors, bool of_grads, double factor) {
+        return fastsgd::scale_all(tensors.ptr(), of_grads, factor);
+      },
+      "Multiply a list's tensors, or their grads, in place; return the numbers of those left.");
+  module.def("exchange", &fastsgd::exchange_all,
+             "Exchange the contents of the tensors of two lists; return the numbers of the pairs "
+             "that were left.");
   module.def("threads", &fastsgd::threads, "How many threads a long step uses.");
 }

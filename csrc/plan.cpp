@@ -6,6 +6,8 @@
 #include <ATen/ops/neg.h>
 #include <Python.h>
 
+#include <algorithm>
+
 namespace fastsgd {
 namespace {
 
@@ -43,6 +45,15 @@ at::Tensor empty_state(const Birth& birth, c10::TensorImpl& param, c10::TensorIm
   if (birth.maximize) like = at::neg(like);
   if (birth.adds_param) like = at::add(like, shape_of(param));
   return at::empty_strided(like.sizes(), like.strides(), g.options().requires_grad(false));
+}
+
+// The parameter as it is, for an average; of the type that it is to have.
+at::Tensor new_average(const Update& update, c10::TensorImpl& param) {
+  const auto of = at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&param)).detach();
+  const at::Tensor average =
+      at::empty_like(of, of.options().dtype(average_type(update, param)).requires_grad(false));
+  // One that starts on the CPU is written by the step: a device may skip that.
+  return update.starts && average.is_cpu() ? average : average.copy_(of);
 }
 
 // The same with what it begins as, unless that is a copy of the gradient, which the step makes.
@@ -94,7 +105,10 @@ bool Plan::add_creating(const Update& update, Place place, Subject& subject, Own
   if (!check_kinds(plain_, place, update, subject, owners)) return false;
   for (int s = kState; s < subject.streams; ++s) {
     if (subject.tensor[s] != nullptr) continue;
-    created[s - kState] = new_state(birth, *subject.tensor[kParam], *subject.tensor[kGrad]);
+    c10::TensorImpl& param = *subject.tensor[kParam];
+    created[s - kState] = s - kState == update.structure->average
+                              ? new_average(update, param)
+                              : new_state(birth, param, *subject.tensor[kGrad]);
     subject.tensor[s] = created[s - kState].unsafeGetTensorImpl();
   }
   return add_checked(update, place, subject, owners);
@@ -115,7 +129,10 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
 
   const int type = static_cast<int>(*storage_type(param));
   const std::int64_t item_size = kItemSizes[type];
-  const Traits traits(subject.streams, item_size, update.writes_grad, !flat);
+  const int average = update.structure->average < 0 ? -1 : kState + update.structure->average;
+  const bool is_wide = average >= 0 && subject.tensor[average]->dtype() != param.dtype();
+  const Traits traits(subject.streams, item_size, update.writes_grad, !flat,
+                      is_wide ? average : -1);
   Run run;
   Holder* holders = &holders_[holders_used_];
   run.count = count;
@@ -123,8 +140,9 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
   for (int s = 0; s < subject.streams; ++s) {
     c10::TensorImpl& tensor = *subject.tensor[s];
     c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
-    bytes[s] = (flat ? count : layout.extent(s)) * item_size;
-    const std::int64_t offset = tensor.storage_offset() * item_size;
+    const auto size = static_cast<std::int64_t>(tensor.itemsize());
+    bytes[s] = (flat ? count : layout.extent(s)) * size;
+    const std::int64_t offset = tensor.storage_offset() * size;
     if (count > 0 && static_cast<std::int64_t>(storage->nbytes()) < offset + bytes[s]) {
       storage_too_small(place, *update.structure, s, tensor);
     }
@@ -139,7 +157,7 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
   run.traits = traits.number;
   runs_[used_] = run;
   moved_ = true;
-  if (!flat || update.kernel + type != span_kernel_ || update.row != span_row_) {
+  if (!flat || is_wide || update.kernel + type != span_kernel_ || update.row != span_row_) {
     begin_span(update.kernel + type, update.row, flat ? nullptr : &layout, traits);
   }
   count_in(count * item_size, traits, owners);
@@ -150,8 +168,9 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
 void Plan::begin_span(int kernel, std::int32_t row, const Layout* layout, Traits traits) {
   const auto first = static_cast<std::int64_t>(used_);
   spans_.push_back({kernel, layout, row, static_cast<std::int16_t>(traits.item_size()),
-                    static_cast<std::int16_t>(traits.streams()), first, first});
-  span_kernel_ = layout == nullptr ? kernel : kNoKernel;
+                    static_cast<std::int8_t>(traits.streams()),
+                    static_cast<std::int8_t>(traits.wide()), first, first});
+  span_kernel_ = layout == nullptr && traits.wide() < 0 ? kernel : kNoKernel;
   span_row_ = row;
 }
 
@@ -184,8 +203,8 @@ bool Plan::lay_out(const Update& update, Place place, const Subject& subject, La
   return true;
 }
 
-bool Plan::add_zero(const at::Tensor& grad) {
-  c10::TensorImpl& tensor = *grad.unsafeGetTensorImpl();
+bool Plan::add_single(const at::Tensor& single, int kernel) {
+  c10::TensorImpl& tensor = *single.unsafeGetTensorImpl();
   if (Fields::keys(tensor) != plain_.keys || !tensor.is_non_overlapping_and_dense() ||
       !tensor.version_counter().enabled()) {
     return false;
@@ -195,17 +214,31 @@ bool Plan::add_zero(const at::Tensor& grad) {
   const std::int64_t offset = tensor.storage_offset() * item_size,
                      bytes = tensor.numel() * item_size;
   if (static_cast<std::int64_t>(storage->nbytes()) < offset + bytes) return false;
+  const bool in_bytes = kernel == kZero;
+  if (!in_bytes) {
+    const auto type = storage_type(tensor);
+    if (!type) return false;
+    kernel += static_cast<int>(*type);
+  }
   if (rows_.empty()) rows_.emplace_back();
   reserve();
   runs_[used_].stream[kParam] = data_of(*storage, true) + offset;
-  runs_[used_].count = bytes;
-  const Traits traits(1, 1, false, false);
+  runs_[used_].count = in_bytes ? bytes : tensor.numel();
+  const Traits traits(1, in_bytes ? 1 : item_size, false, false);
   runs_[used_].traits = traits.number;
   c10::TensorImpl* const owner = &tensor;
   holders_[holders_used_] = {&tensor, storage};
-  if (spans_.empty()) begin_span(kZero, 0, nullptr, traits);
+  if (kernel != span_kernel_) begin_span(kernel, 0, nullptr, traits);
   count_in(bytes, traits, &owner);
   return true;
+}
+
+bool Plan::add_exchange(const at::Tensor& a, const at::Tensor& b) {
+  static constexpr Structure kNone;
+  if (rows_.empty()) rows_.emplace_back();
+  const Update update{&kNone, kExchange, 0, true};
+  Subject subject{{a.unsafeGetTensorImpl(), b.unsafeGetTensorImpl()}, 2};
+  return add_unusual(update, {0, 0}, subject, subject.tensor);
 }
 
 // --- running ------------------------------------------------------------------------------------
@@ -223,7 +256,7 @@ void Plan::collect_ranges() {
       for (int s = 0; s < span.streams; ++s) {
         const std::int64_t items = span.layout != nullptr ? span.layout->extent(s) : run.count;
         const auto begin = reinterpret_cast<std::uintptr_t>(run.stream[s]);
-        const Range range{begin, begin + static_cast<std::uintptr_t>(items * span.item_size)};
+        const Range range{begin, begin + static_cast<std::uintptr_t>(items * span.size_of(s))};
         if (items == 0) continue;
         (s != kGrad || writes_grad ? writes_ : reads_).push_back(range);
       }
@@ -306,7 +339,22 @@ void Plan::bump_versions() const {
   counters_.bump_versions();
 }
 
-void Plan::run(bool needs_order) {
+Measured Plan::measure(Order order) {
+  end_spans();
+  const bool without_gil = bytes_ >= kWorthTheGil;
+  if (without_gil) retain();
+  const WithoutGil guard(without_gil);
+  return fastsgd::measure(spans_, runs_.data(), order);
+}
+
+bool Plan::any_double() {
+  end_spans();
+  return std::any_of(spans_.begin(), spans_.end(), [](const Span& span) {
+    return span.is_step() && span.storage() == static_cast<int>(Storage::kDouble);
+  });
+}
+
+void Plan::run(const Around& around, bool needs_order) {
   end_spans();
   bump_versions();
   counters_.advance();
@@ -317,7 +365,7 @@ void Plan::run(bool needs_order) {
   }
   {
     const WithoutGil guard(without_gil);
-    execute(spans_, runs_.data(), rows_.data(), bytes_, in_order);
+    execute(spans_, runs_.data(), rows_.data(), around, bytes_, in_order);
   }
   release();
 }

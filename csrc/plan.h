@@ -57,8 +57,17 @@ class Plan {
   // The counters of the parameters that are added.
   Counters& counters() { return counters_; }
 
-  // Adds a gradient to set to zero; false if its memory has gaps or is not plain.
-  bool add_zero(const at::Tensor& grad);
+  // Adds a parameter that is not stepped to its average, which is the subject's first stream and
+  // the parameter its second.
+  bool add_average(const Update& update, Place place, const Subject& subject) {
+    return add_unusual(update, place, subject, subject.tensor);
+  }
+
+  // Adds a tensor on which a kernel does its work alone: kZero, or the first of a kernel for each
+  // storage type. False if its memory has gaps or is not plain.
+  bool add_single(const at::Tensor& tensor, int kernel);
+  // Adds two tensors, both written, to exchange.
+  bool add_exchange(const at::Tensor& a, const at::Tensor& b);
 
   // Notes memory that the scalars were read from.
   void note_scalars(const std::vector<Range>& ranges) { scalars_ = ranges; }
@@ -87,18 +96,23 @@ class Plan {
   // Writes to the versions of what the engine writes.
   void bump_versions() const;
 
+  // Measures the gradients; whether any is double.
+  Measured measure(Order order);
+  bool any_double();
+
   // Writes: version counters first, then the kernels, without the GIL where the work is long. Work
   // that gives one result in any order need not ask for it.
-  void run(bool needs_order);
+  void run(const Around& around, bool needs_order);
 
  private:
   // What a run is of, in one number. Runs of the same memory and the same traits are the same work.
   struct Traits {
     std::uint32_t number;
     explicit Traits(const Run& run) : number(run.traits) {}
-    Traits(int streams, std::int64_t item_size, bool writes_grad, bool laid_out)
+    Traits(int streams, std::int64_t item_size, bool writes_grad, bool laid_out, int wide = -1)
         : number(static_cast<std::uint32_t>(streams | item_size << 8 | writes_grad << 16 |
-                                            laid_out << 17)) {}
+                                            laid_out << 17 | (wide + 1) << 18)) {}
+    int wide() const { return static_cast<int>(number >> 18) - 1; }
     int streams() const { return number & 0xff; }
     int item_size() const { return number >> 8 & 0xff; }
     bool writes_grad() const { return (number >> 16 & 1) != 0; }
@@ -223,7 +237,7 @@ bool Plan::add_usual(const Update& update, const Subject& subject, Owners owners
   const std::uint64_t form = plain_.form_of(param);
   const int type = plain_.storage_of(form);
   const std::int64_t count = Fields::count(param);
-  if (type == kStorages) [[unlikely]]
+  if (type == kStorages || (update.wide && kItemSizes[type] < 4)) [[unlikely]]
     return false;
   const std::int64_t item_size = kItemSizes[type], bytes = count * item_size;
   const at::IntArrayRef sizes = Fields::shape(param).sizes_arrayref();

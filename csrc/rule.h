@@ -62,22 +62,22 @@ constexpr int size_of(StateSet set) {
   return set == 0 ? 0 : static_cast<int>(set & 1) + size_of(set >> 1);
 }
 
-// The scalars of one step as the host computed them (a rule's Scalars<double>), and what the engine
-// does to a gradient before the rule sees it. Parameters at the same step whose hyper-parameters
-// are the same share a row.
+// The scalars of one step as the host computed them (a rule's Scalars<double>). Parameters at the
+// same step whose hyper-parameters are the same share a row.
 struct Row {
   alignas(double) unsigned char scalars[kScalarBytes];
-  double grad_scale = 1;  // of a gradient scaler; the gradient divided by it is written back
-  bool unscale = false;
-  bool maximize = false;
+  bool maximize = false;  // the sign of the gradient is turned before the rule sees it
 };
 
-// What one structure of a rule keeps for a parameter, in the order of the kernel's streams.
+// What one structure of a rule keeps for a parameter, in the order of the kernel's streams. Last
+// may be the parameter's average, which is no state of the rule's.
 struct Structure {
   int count = 0;
   int number[kMaxStates] = {};  // in the rule's states
   State state[kMaxStates] = {};
+  int average = -1;  // its place, if there is one
 };
+inline constexpr State kAverageState = {"ema"};
 
 // A rule as the host sees it, when the type is no longer known.
 struct Rule {
@@ -90,7 +90,7 @@ struct Rule {
   const char* fill = nullptr;  // the default that new states are filled with; null for zero
   const char* sparse_error = nullptr;  // stock's, for a sparse gradient; null where it takes them
   NewState new_state = NewState::kFilled;
-  Structure structures[kMaxStructures] = {};
+  Structure structures[2 * kMaxStructures] = {};  // those with an average after those without
   // The structure that these hyper-parameters ask for.
   int (*structure)(const Number* hypers);
   // Whether they add a multiple of the parameter to the gradient, which may be of another dtype.

@@ -21,6 +21,12 @@ bool is_true(PyObject* object) {
   return truth != 0;
 }
 
+// The parameter as it is, of the dtype that its average is to have.
+at::Tensor average_of(const at::Tensor& param, const Update& update) {
+  const auto dtype = c10::typeMetaToScalarType(average_type(update, *param.unsafeGetTensorImpl()));
+  return param.detach().to(dtype, /*non_blocking=*/false, /*copy=*/true);
+}
+
 }  // namespace
 
 void LocalShards::learn(PyObject* object) {
@@ -58,13 +64,13 @@ bool Shards::look(PyObject* const* streams, int count, Seen& seen) {
   return alike;
 }
 
-std::vector<at::Tensor>* Shards::made_for(PyObject* param, const Structure& structure,
+std::vector<at::Tensor>* Shards::made_for(PyObject* param, const Update& update,
                                           const Birth& birth) {
   const auto made = made_.find(param);
-  if (made != made_.end() && static_cast<int>(made->second.size()) == structure.count) {
+  if (made != made_.end() && static_cast<int>(made->second.size()) == update.structure->count) {
     return &made->second;
   }
-  wanted_.push_back({Ref::borrow(param), structure.count, birth});
+  wanted_.push_back({Ref::borrow(param), update, birth});
   return nullptr;
 }
 
@@ -93,8 +99,10 @@ void Shards::answer() {
     const at::Tensor* grad = grad_slot(*param.unsafeGetTensorImpl());
     if (grad == nullptr || !grad->defined()) continue;
     std::vector<at::Tensor> made;
-    for (int i = 0; i < wanted.count; ++i) {
-      at::Tensor state = wanted.birth.how == NewState::kFilled
+    const Structure& structure = *wanted.update.structure;
+    for (int i = 0; i < structure.count; ++i) {
+      at::Tensor state = i == structure.average ? average_of(param, wanted.update)
+                         : wanted.birth.how == NewState::kFilled
                              ? at::full_like(param, wanted.birth.fill)
                              : at::empty_like(*grad);
       const Ref object = Ref::steal(checked(THPVariable_Wrap(state)));
@@ -102,7 +110,7 @@ void Shards::answer() {
       made.push_back(std::move(state));
       unknown_.push_back(Ref::borrow(LocalShards::spec(object.get())));
     }
-    if (static_cast<int>(made.size()) != wanted.count) continue;
+    if (static_cast<int>(made.size()) != structure.count) continue;
     made_.insert_or_assign(wanted.param.get(), std::move(made));
   }
   for (const Ref& spec : std::exchange(unknown_, {})) {

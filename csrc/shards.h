@@ -13,6 +13,7 @@
 #include "pydict.h"
 #include "pytensor.h"
 #include "rule.h"
+#include "tensors.h"
 
 namespace fastsgd {
 
@@ -94,8 +95,7 @@ class Shards {
 
   // New states for a parameter that were made for this step, DTensors all; null if there are none,
   // which is noted.
-  std::vector<at::Tensor>* made_for(PyObject* param, const Structure& structure,
-                                    const Birth& birth);
+  std::vector<at::Tensor>* made_for(PyObject* param, const Update& update, const Birth& birth);
 
   // Whether anything was noted since the last answer; and answers it. May run Python code.
   bool asks() const { return !unknown_.empty() || !wanted_.empty(); }
@@ -111,7 +111,7 @@ class Shards {
  private:
   struct Wanted {
     Ref param;
-    int count;
+    Update update;
     Birth birth;
   };
   static constexpr int kMixed = -1;  // summed over processes, say: only DTensor's operators know

@@ -6,6 +6,7 @@ namespace fastsgd {
 
 States::States(const Rule& rule) : rule_(rule) {
   for (int i = 0; i < rule.state_count; ++i) keys_.emplace_back(rule.states[i].name);
+  keys_.emplace_back(kAverageState.name);
 }
 
 void States::begin(PyObject* state) {
@@ -35,7 +36,8 @@ States::Found States::find(Place place, PyObject* param, int structure, StatesSe
   bool all = true;
   for (int i = 0; i < count; ++i) {
     PyObject* state = key(wanted, i).in(seen.states);
-    if (!all_or_none && (state == nullptr || state == Py_None)) {
+    const bool may_lack = !all_or_none || i == wanted.average;
+    if (may_lack && (state == nullptr || state == Py_None)) {
       all = false;
       continue;
     }
@@ -67,6 +69,11 @@ template States::Found States::find<PlainTensors>(Place, PyObject*, int, StatesS
                                                   c10::TensorImpl**);
 template States::Found States::find<LocalShards>(Place, PyObject*, int, StatesSeen&,
                                                  c10::TensorImpl**);
+
+PyObject* States::average_of(PyObject* param) {
+  PyObject* states = of(param);
+  return states == nullptr || !exact_dict(states) ? nullptr : keys_.back().optional_in(states);
+}
 
 Creation& States::create(const StatesSeen& seen, int structure) {
   Creation& creation = creations_.emplace_back();

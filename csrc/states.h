@@ -75,6 +75,9 @@ class States {
     return map_.at(param, position);
   }
 
+  // Its average, whatever it is; null if there is none.
+  PyObject* average_of(PyObject* param);
+
   // Notes that those states of a structure that were not found come to be with this step.
   Creation& create(const StatesSeen& seen, int structure);
   void create_no_more() { creations_.pop_back(); }
@@ -97,7 +100,7 @@ class States {
   void undo(Creation& creation) noexcept;
 
   const Rule& rule_;
-  std::vector<DictKey> keys_;
+  std::vector<DictKey> keys_;  // of the rule's states, and last the average's
   DictKey step_{"step"};
   PyObject* state_ = nullptr;
   std::uint64_t version_ = 0;

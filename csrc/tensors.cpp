@@ -26,6 +26,16 @@ void check_inference_mode(Place place, const std::string& name) {
               "update.");
 }
 
+void check_average(Place place, const Update& update, const c10::TensorImpl& param,
+                   const c10::TensorImpl& average) {
+  const auto wanted = average_type(update, param);
+  TORCH_CHECK(average.dtype() == wanted && same_sizes(average.sizes(), param.sizes()),
+              at_place(place), ": its state 'ema' has dtype ",
+              c10::typeMetaToScalarType(average.dtype()), " and shape ", average.sizes(),
+              ", and must have dtype ", c10::typeMetaToScalarType(wanted), " and shape ",
+              param.sizes(), ". Was the parameter's data swapped, or ema_dtype changed?");
+}
+
 // Whether stock, which interpolates from the state to the gradient, finds them of one dtype.
 bool can_be_lerped(at::ScalarType state, const c10::TensorImpl& grad, const c10::TensorImpl& param,
                    bool adds_param) {
@@ -75,7 +85,10 @@ bool check_kinds(const Plain& plain, Place place, const Update& update, const Su
       takes = false;  // sparse, a subclass, ...: only its own operators know what fits
       continue;
     }
-    if (tensor.dtype() == param.dtype() && same_sizes(tensor.sizes(), param.sizes())) continue;
+    const bool is_average = structure.average >= 0 && s == kState + structure.average;
+    if (is_average) check_average(place, update, param, tensor);
+    const auto wanted = is_average ? average_type(update, param) : param.dtype();
+    if (tensor.dtype() == wanted && same_sizes(tensor.sizes(), param.sizes())) continue;
     takes = false;
     TORCH_CHECK(expands_to(tensor.sizes(), param.sizes()), at_place(place), " has shape ",
                 param.sizes(), " but ", name(), " has shape ", tensor.sizes(),

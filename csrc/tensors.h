@@ -34,6 +34,8 @@ struct Update {
   std::int32_t row = -1;
   bool writes_grad = false;
   bool adds_param = false;  // to the gradient
+  bool wide = false;        // averages of parameters of 16 bits are float32
+  bool starts = false;      // averages begin with this step
 };
 
 // How the kernels call the tensor's dtype, if they know it.
@@ -44,6 +46,12 @@ inline std::optional<Storage> storage_type(const c10::TensorImpl& tensor) {
   if (type.Match<at::BFloat16>()) return Storage::kBFloat16;
   if (type.Match<at::Half>()) return Storage::kHalf;
   return std::nullopt;
+}
+
+// The dtype of a parameter's average.
+inline caffe2::TypeMeta average_type(const Update& update, const c10::TensorImpl& param) {
+  const bool half = param.dtype().itemsize() == 2;
+  return update.wide && half ? caffe2::TypeMeta::Make<float>() : param.dtype();
 }
 
 inline constexpr std::int16_t kItemSizes[kStorages] = {4, 8, 2, 2};

@@ -1,7 +1,9 @@
 #include "walk.h"
 
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/record_function.h>
 
+#include <cmath>
 #include <utility>
 
 #include "cuda/emulation.h"
@@ -61,7 +63,9 @@ bool Walker::plan_groups(PyObject* groups) {
     options_.fetch(static_cast<std::size_t>(g) + kAhead);
     PyObject* dict = PyList_GET_ITEM(groups, g);
     if (!exact_dict(dict)) return false;
-    Group group{dict, g, options_.read(dict, static_cast<std::size_t>(g))};
+    const GroupOptions& options = options_.read(dict, static_cast<std::size_t>(g));
+    const int averaged = extras_->averages ? kMaxStructures : 0;
+    Group group{dict, g, options, options.structure + averaged};
     if (!PyList_CheckExact(group.options.params)) return false;
     plan_group(group, number);
   }
@@ -81,6 +85,9 @@ bool Walker::plan_all(PyObject* groups, PyObject* state) {
     left_.clear();
     hidden_ = false;
     made_.clear();
+    in_graphs_.clear();
+    has_shards_ = false;
+    average_row_ = -1;
     strangers_.begin_walk();
     options_.begin();
     states_.begin(state);
@@ -121,20 +128,27 @@ Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defau
   // a parameter), only stock knows the order: it takes all. So it does where what it takes shares
   // memory with what it does not, or may share it.
   plan_.note_scalars(options_.tensors());
-  if (plan_.ordered() &&
-      (!routes_.empty() || states_.creates() || rule_.counts || !options_.tensors().empty())) {
+  if (plan_.ordered() && (!routes_.empty() || states_.creates() || rule_.counts ||
+                          !options_.tensors().empty() || extras_->any)) {
     return Way::kStock;
   }
   if (states_.creates_twice()) return Way::kStock;
   if (hidden_ || (!left_.empty() && plan_.meets(left_))) return Way::kStock;
+  int places = plan_.empty() ? 0 : 1;
   for (const auto& work : devices_.all()) {
     if (work->plan.empty()) continue;
+    ++places;
+    if (extras_->any) return Way::kStock;
     // A device has no order, and reads the scaler's values where it can reach them.
     work->plan.note_scalars(options_.tensors());
     if (work->plan.ordered() || (!left_.empty() && work->plan.meets(left_))) return Way::kStock;
     if (scaling_.there_is_any() && scaling_.device != work->device().tensors()) return Way::kStock;
   }
   if (scaling_.device && !plan_.empty()) return Way::kStock;
+  // Processes have parts of a norm, and so have devices.
+  if (extras_->measures() && routes_.empty() && (has_shards_ || places > 1)) {
+    routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
+  }
   return routes_.empty() ? Way::kKernels : Way::kParts;
 }
 
@@ -145,23 +159,116 @@ bool Walker::step(PyObject* optimizer) {
   const Ref groups = Ref::borrow(param_groups_.optional_in(attributes));
   const Ref state = Ref::borrow(state_.optional_in(attributes));
   const Ref defaults = Ref::borrow(defaults_.optional_in(attributes));
+  extras_ = &extras_reader_.read(attributes);
+  TORCH_CHECK(!extras_->swapped,
+              "step() inside ema_weights(): the parameters hold their averages. Leave the block "
+              "before the next step.");
+  factor_ = extras_->factor;
+  decay_ = extras_->decay;
+  const std::int64_t averaged = extras_->averages ? extras_reader_.averaged(attributes) : 0;
+  starts_ = averaged == 0;
   const Way way = plan_step(groups.get(), state.get(), defaults.get(), attributes);
   if (way != Way::kParts) routes_.clear();
-  if (way != Way::kKernels) return way == Way::kNone;
+  if (way == Way::kStock || way == Way::kParts) return false;
+  bool steps = way == Way::kKernels;
+  if (steps && extras_->measures() && !measure()) {
+    steps = false;
+    ++skipped_;
+  }
+  if (steps) take_step(attributes, averaged);
+  if (extras_->clear != Extras::Clear::kKeep) clear(groups.get(), steps);
+  return true;
+}
+
+// Takes the step that is planned. What may fail, or run Python code, comes first.
+void Walker::take_step(PyObject* attributes, std::int64_t averaged) {
   std::vector<cuda::DeviceWork*> works;
   for (const auto& work : devices_.all()) {
-    if (work->plan.empty()) continue;
-    work->prepare(scaling_);
-    works.push_back(work.get());
+    if (!work->plan.empty()) works.push_back(work.get());
   }
-  if (states_.creates()) {
-    plan_.retain();  // storing into a dict may run Python code
+  const auto retain = [&] {
+    plan_.retain();
     for (cuda::DeviceWork* work : works) work->plan.retain();
+  };
+  if (extras_->averages && extras_->schedule != nullptr) {
+    retain();
+    decay_ = decay_of(extras_->schedule, averaged + 1);
+  }
+  const Around around = this->around();
+  for (cuda::DeviceWork* work : works) work->prepare(scaling_);
+  if (states_.creates()) {
+    retain();  // storing into a dict may run Python code
     states_.commit();
   }
-  plan_.run(true);
+  if (extras_->averages) extras_reader_.count_average(attributes, averaged);
+  plan_.run(around, true);
   for (cuda::DeviceWork* work : works) work->launch();
-  return true;
+}
+
+// --- extras -------------------------------------------------------------------------------------
+
+// The norm of a planned step, and whether the step is to be taken. Throws where it is not finite
+// and that is an error.
+bool Walker::measure() {
+  Measured measured = plan_.measure(extras_->order);
+  norm_is_double_ = plan_.any_double();
+  norm_ = norm_of(measured, extras_->order, scaling_.scale, norm_is_double_);
+  grad_norm_ = at::Tensor();
+  has_norm_ = true;
+  TORCH_CHECK(!extras_->raises || std::isfinite(norm_), "The total norm of order ",
+              extras_->order == Order::kTwo ? "2.0" : "inf",
+              " for gradients from `parameters` is non-finite, so it cannot be clipped. To disable "
+              "this error and scale the gradients by the non-finite norm anyway, set "
+              "`error_if_nonfinite=False`");
+  factor_ = clip_factor(norm_, norm_is_double_, extras_->max_norm);
+  return !extras_->skips || measured.not_finite == 0;
+}
+
+Around Walker::around() const {
+  Around around;
+  around.grad_scale = scaling_.scale;
+  around.unscales = scaling_.unscale;
+  around.keeps_unscaled = scaling_.unscale && !extras_->any;
+  around.clips = (extras_->clips || extras_->has_factor) && factor_ != 1;
+  around.factor = factor_;
+  around.bounds = extras_->bounds;
+  around.bound = extras_->bound;
+  around.averages = extras_->averages;
+  around.weight = 1 - decay_;
+  around.starts = starts_;
+  around.wide = extras_->wide;
+  around.clears = extras_->clear == Extras::Clear::kToZero;
+  return around;
+}
+
+// Clears the gradients, which the kernels have set to zero if they stepped.
+void Walker::clear(PyObject* groups, bool stepped) {
+  const bool to_none = extras_->clear == Extras::Clear::kToNone;
+  if (!to_none && stepped) {
+    for (const at::Tensor& grad : in_graphs_) detach(grad);
+    return;
+  }
+  std::vector<Ref> others;
+  if (!reset(groups, to_none, others)) return;
+  for (const Ref& other : others) {
+    static PyObject* const reset_grad = [] {
+      const Ref module = Ref::steal(checked(PyImport_ImportModule("fastsgd._optimizer")));
+      return checked(PyObject_GetAttrString(module.get(), "_reset_grad"));
+    }();
+    Ref::steal(checked(
+        PyObject_CallFunctionObjArgs(reset_grad, other.get(), to_none ? Py_True : Py_False, nullptr)));
+  }
+}
+
+at::Tensor Walker::grad_norm() const {
+  if (grad_norm_.defined()) return grad_norm_.clone();
+  if (!has_norm_) return {};
+  return at::scalar_tensor(norm_, norm_is_double_ ? at::kDouble : at::kFloat);
+}
+
+void Walker::note(const at::Tensor& grad_norm, bool skipped) {
+  grad_norm_ = grad_norm;
+  skipped_ += skipped;
 }
 
 // Notes that stock must take a parameter, and all memory that its step may use.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda/devices.h"
+#include "extras.h"
 #include "options.h"
 #include "plan.h"
 #include "pydict.h"
@@ -39,6 +40,13 @@ class Walker {
   bool step(PyObject* optimizer);
   const Routes& routes() const { return routes_; }
 
+  // What the last step with a norm measured, as a tensor; undefined before. And how many steps were
+  // skipped.
+  at::Tensor grad_norm() const;
+  std::int64_t skipped_steps() const { return skipped_; }
+  // The same of a step of which Python took a part.
+  void note(const at::Tensor& grad_norm, bool skipped);
+
   // Resets the gradients and returns true, with the parameters that are not plain tensors left in
   // `others`; or does nothing and returns false, where the groups are kept in some way of their
   // own.
@@ -61,6 +69,7 @@ class Walker {
     PyObject* dict;
     std::int64_t number;
     const GroupOptions& options;
+    int structure;  // of a parameter's states, its average among them
     Moment moment{};
     Update update{};
     const cuda::DeviceWork* work = nullptr;
@@ -74,13 +83,21 @@ class Walker {
   };
   struct Cleanup;
 
-  // Who is to take a step.
+  // Who is to take a step. Parts may be none: then Python is to find the norm, and ask again.
   enum class Way { kKernels, kStock, kParts, kNone };
 
   Way plan_step(PyObject* groups, PyObject* state, PyObject* defaults, PyObject* attributes);
   bool plan_all(PyObject* groups, PyObject* state);
   bool plan_groups(PyObject* groups);
   void leave_to_stock(Place place, PyObject* param);
+
+  // The norm of a planned step, and whether the step is to be taken. Throws where it is not finite
+  // and that is an error.
+  bool measure();
+  void take_step(PyObject* attributes, std::int64_t averaged);
+  Around around() const;
+  void clear(PyObject* groups, bool stepped);
+  [[gnu::noinline]] bool plan_average(Place place, PyObject* param);
 
   void plan_group(Group& group, std::size_t& number);
   template <bool kCounts, int... kStates>
@@ -106,6 +123,7 @@ class Walker {
   [[gnu::noinline]] bool plan_first_shard(Place place, Group& group, Subject& subject,
                                           const Path& path, Shards::Seen& seen);
   Birth birth(const Group& group) const;
+  bool lacks_rules_states(const Group& group, const Subject& subject) const;
   at::Tensor new_counter(PyObject* group, c10::Device device);
   template <int kValues>
   static void fetch(const Path& path);
@@ -118,9 +136,12 @@ class Walker {
     return find_update(group, moment);
   }
   [[gnu::noinline]] const Update& find_update(Group& group, const Moment& moment);
-  Update make_update(const GroupOptions& options, const Moment& moment);
+  Update make_update(const Group& group, const Moment& moment);
+  Update update_with(const Group& group, std::int32_t row) const;
   const Update& update_on(cuda::DeviceWork& work, Group& group);
+  bool reset(PyObject* groups, bool set_to_none, std::vector<Ref>& others);
   void zero(const at::Tensor& slot, bool directly);
+  static void detach(const at::Tensor& grad);
   bool add_zero(const at::Tensor& grad);
 
   const bool foreign_;
@@ -145,6 +166,17 @@ class Walker {
   bool hidden_ = false;                    // some of theirs cannot be seen
   std::vector<Made> made_;
   Scaling scaling_;
+  ExtrasReader extras_reader_;
+  const Extras* extras_ = nullptr;  // at this step
+  double factor_ = 1, decay_ = 0;   // theirs, once they are known
+  bool starts_ = false;             // averages begin with this step
+  std::int32_t average_row_ = -1;
+  bool has_shards_ = false;         // some parameters of this walk are distributed
+  std::vector<at::Tensor> in_graphs_;  // gradients to detach once they are zero
+  double norm_ = 0;                 // of the last step that had one
+  bool has_norm_ = false, norm_is_double_ = false;
+  at::Tensor grad_norm_;  // in its place, if Python or a device found it
+  std::int64_t skipped_ = 0;
   bool new_grads_ = false, grads_are_new_ = false;  // at this step; at the last one
 };
 
@@ -168,6 +200,7 @@ struct Walker::Cleanup {
   Walker& walker;
   ~Cleanup() {
     walker.shards_.end_step();
+    walker.in_graphs_.clear();
     walker.states_.clear();
     walker.left_.clear();
     walker.strangers_.end_step();

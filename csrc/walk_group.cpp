@@ -30,25 +30,32 @@ const Update& Walker::find_update(Group& group, const Moment& moment) {
     return other.moment == moment && other.options == group.options;
   });
   if (made != nullptr) return group.update = made->update;
-  group.update = make_update(group.options, moment);
+  group.update = make_update(group, moment);
   made_.push_back({group.options, moment, group.update});
   return group.update;
 }
 
-Update Walker::make_update(const GroupOptions& options, const Moment& moment) {
+Update Walker::make_update(const Group& group, const Moment& moment) {
   Row row;
-  rule_.scalars(options.hypers, moment, row);
-  row.grad_scale = scaling_.scale;
-  row.unscale = scaling_.unscale;
-  row.maximize = options.maximize;
-  return {&rule_.structures[options.structure], first_kernel(rule_number_, options.structure),
-          plan_.add_row(row), scaling_.unscale, rule_.adds_param(options.hypers)};
+  rule_.scalars(group.options.hypers, moment, row);
+  row.maximize = group.options.maximize;
+  return update_with(group, plan_.add_row(row));
+}
+
+Update Walker::update_with(const Group& group, std::int32_t row) const {
+  return {.structure = &rule_.structures[group.structure],
+          .kernel = first_kernel(rule_number_, group.options.structure),
+          .row = row,
+          .writes_grad = extras_->any ? extras_->clear == Extras::Clear::kToZero : scaling_.unscale,
+          .adds_param = rule_.adds_param(group.options.hypers),
+          .wide = extras_->wide,
+          .starts = starts_};
 }
 
 // On another device: where the steps are counted there, one update is good for any moment.
 const Update& Walker::update_on(cuda::DeviceWork& work, Group& group) {
   if (group.work != &work) {
-    group.update_there = work.update_of(rule_, rule_number_, group.options, scaling_);
+    group.update_there = update_with(group, work.row_of(rule_, group.options));
     group.work = &work;
   }
   return group.update_there;
@@ -76,7 +83,7 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
   c10::TensorImpl* tensor = impl_of(param);
   const at::Tensor* grad = grad_slot(*tensor);
   if (grad == nullptr || !grad->defined()) [[unlikely]]
-    return true;
+    return !extras_->averages || plan_average(place(), param);
   if (!group.options.usual()) [[unlikely]] {
     if (!group.options.readable) options_.refuse(place(), group.dict, param);
     if (!group.options.readable || (group.options.promotes && tensor->dim() == 0)) return false;
@@ -103,7 +110,7 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
     subject.tensor[kGrad] = grad_tensor;
   }
   if constexpr (kStates + kCounts > 0) {
-    const int structure = group.options.structure;
+    const int structure = group.structure;
     c10::TensorImpl** states = subject.tensor + kState;
     if (!states_.recall<Kind, kStates, kCounts>(param, structure, path.states, states))
         [[unlikely]] {
@@ -125,6 +132,7 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
     wholes[kGrad] = grad_tensor;
     for (int s = kState; s < kStreams; ++s) wholes[s] = impl_of(streams[s]);
     owners = wholes;
+    has_shards_ = true;
   }
   if (Fields::keys(*subject.tensor[kParam]) != cpu_keys_) [[unlikely]] {
     if (auto* work = devices_.find(*subject.tensor[kParam])) {
@@ -142,7 +150,21 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
   if (!plan_.add<kStates>(update_of<kCounts>(group, moment), place(), subject, owners))
     return false;
   if constexpr (kCounts) plan_.counters().keep();
+  if (extras_->clear == Extras::Clear::kToZero && grad->requires_grad()) [[unlikely]]
+    in_graphs_.push_back(*grad);
   return true;
+}
+
+// One that is not stepped, as it has no gradient, but may have an average.
+bool Walker::plan_average(Place place, PyObject* param) {
+  static constexpr Structure kNone;
+  PyObject* average = states_.average_of(param);
+  if (average == nullptr) return true;
+  if (!exact_tensor(param) || !exact_tensor(average)) return false;
+  if (Fields::keys(*impl_of(param)) != cpu_keys_) return false;
+  if (average_row_ < 0) average_row_ = plan_.add_row({});
+  const Subject subject{{impl_of(average), impl_of(param)}, 2};
+  return plan_.add_average({&kNone, kAverage, average_row_}, place, subject);
 }
 
 template <int kStates, bool kCounts>
@@ -157,7 +179,7 @@ bool Walker::plan_on_device(cuda::DeviceWork& work, Group& group, Place place, S
       TORCH_CHECK(!work.device().captures(), at_place(place),
                   ": its state 'step' is on the CPU, from where the first step brings it to the "
                   "device, and a graph is being captured. Take one step before the capture.");
-      at::Tensor& there = states_.create(seen, group.options.structure).value[kStates];
+      at::Tensor& there = states_.create(seen, group.structure).value[kStates];
       there = at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(counter))
                   .to(work.device().tensors(), /*non_blocking=*/true);
       counter = there.unsafeGetTensorImpl();
@@ -213,12 +235,15 @@ Birth Walker::birth(const Group& group) const {
 bool Walker::plan_first_shard(Place place, Group& group, Subject& subject, const Path& path,
                               Shards::Seen& seen) {
   PyObject* param = path.states.param;
-  const auto* made =
-      shards_.made_for(param, rule_.structures[group.options.structure], birth(group));
-  if (made == nullptr) return false;
+  const auto* all_made = shards_.made_for(param, update_with(group, 0), birth(group));
+  if (all_made == nullptr) return false;
+  std::vector<at::Tensor> made = *all_made;
   PyObject* streams[kMaxStreams] = {param, path.grad_object};
-  for (std::size_t i = 0; i < made->size(); ++i) {
-    streams[static_cast<std::size_t>(kState) + i] = object_of(*(*made)[i].unsafeGetTensorImpl());
+  for (std::size_t i = 0; i < made.size(); ++i) {
+    const std::size_t s = static_cast<std::size_t>(kState) + i;
+    if (subject.tensor[s] != nullptr) made[i] = at::Tensor();  // it is there
+    streams[s] =
+        made[i].defined() ? object_of(*made[i].unsafeGetTensorImpl()) : path.states.value[i];
   }
   if (!shards_.look(streams, subject.streams, seen)) return false;
   c10::TensorImpl* wholes[kMaxStreams];
@@ -226,14 +251,15 @@ bool Walker::plan_first_shard(Place place, Group& group, Subject& subject, const
     wholes[s] = impl_of(streams[s]);
     subject.tensor[s] = LocalShards::memory(streams[s]);
   }
-  return plan_first(place, group, subject, wholes, path.states, {}, *made);
+  has_shards_ = true;
+  return plan_first(place, group, subject, wholes, path.states, {}, made);
 }
 
 // Makes the states, but for those that were made before, and the counter.
 bool Walker::plan_first(Place place, Group& group, Subject& subject, Owners owners,
                         const StatesSeen& seen, const Birth& birth,
                         const std::vector<at::Tensor>& made) {
-  Creation& creation = states_.create(seen, group.options.structure);
+  Creation& creation = states_.create(seen, group.structure);
   std::copy(made.begin(), made.end(), creation.value);
   if (auto* work = devices_.find(*subject.tensor[kParam])) {
     if (plan_first_on_device(*work, group, place, subject, owners, creation, birth)) return true;
@@ -241,12 +267,16 @@ bool Walker::plan_first(Place place, Group& group, Subject& subject, Owners owne
     return false;
   }
   Moment moment;
-  moment.first = !rule_.counts;
+  moment.first = !rule_.counts && lacks_rules_states(group, subject);
   if (rule_.counts) {
-    at::Tensor& counter = creation.value[subject.streams - kState] =
-        new_counter(group.dict, at::kCPU);
+    c10::TensorImpl*& counter = subject.tensor[subject.streams];
+    if (counter == nullptr) {
+      const at::Tensor made_now = new_counter(group.dict, at::kCPU);
+      creation.value[subject.streams - kState] = made_now;
+      counter = made_now.unsafeGetTensorImpl();
+    }
     // One made in inference mode cannot be read: torch knows when it may be written.
-    if (!counter.defined() || !plan_.counters().read(*counter.unsafeGetTensorImpl(), moment.step)) {
+    if (!plan_.counters().read(*counter, moment.step)) {
       states_.create_no_more();
       return false;
     }
@@ -258,6 +288,15 @@ bool Walker::plan_first(Place place, Group& group, Subject& subject, Owners owne
   }
   if (rule_.counts) plan_.counters().keep();
   return true;
+}
+
+// Whether a parameter lacks more than its average.
+bool Walker::lacks_rules_states(const Group& group, const Subject& subject) const {
+  for (int i = 0; i < subject.streams - kState; ++i) {
+    const bool average = i == rule_.structures[group.structure].average;
+    if (!average && subject.tensor[kState + i] == nullptr) return true;
+  }
+  return false;
 }
 
 bool Walker::plan_first_on_device(cuda::DeviceWork& work, Group& group, Place place,
@@ -337,7 +376,7 @@ void Walker::plan_params(Group& group, std::size_t& number, int states,
 
 void Walker::plan_group(Group& group, std::size_t& number) {
   constexpr std::make_integer_sequence<int, kMaxStates + 1> kCases;
-  const int states = rule_.structures[group.options.structure].count;
+  const int states = rule_.structures[group.structure].count;
   if (rule_.counts) {
     plan_params<true>(group, number, states, kCases);
   } else {

@@ -15,10 +15,16 @@ struct Span {
   const Layout* layout;
   std::int32_t row;
   std::int16_t item_size;
-  std::int16_t streams;
+  std::int8_t streams;
+  std::int8_t wide;         // the stream that is float32 whatever the others are, or -1
   std::int64_t first, end;  // the runs
 
-  std::int64_t item_bytes() const { return item_size * streams; }  // moved for one element
+  std::int64_t size_of(int stream) const { return stream == wide ? 4 : item_size; }
+  std::int64_t item_bytes() const {  // moved for one element
+    return item_size * streams + (wide < 0 ? 0 : 4 - item_size);
+  }
+  bool is_step() const { return kernel >= 0 && kernel < kKernels; }
+  int storage() const { return kernel % kStorages; }
 };
 
 }  // namespace fastsgd

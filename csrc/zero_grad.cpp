@@ -35,12 +35,15 @@ FASTSGD_PREFETCHING void fetch_ahead(PyObject* params, Py_ssize_t turn, bool to_
 bool Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& others) {
   const Busy guard(busy);
   const Cleanup cleanup{*this};
+  const Ref kept = Ref::borrow(param_groups_.optional_in(attributes_of(optimizer)));
+  return reset(kept.get(), set_to_none, others);
+}
+
+bool Walker::reset(PyObject* groups, bool set_to_none, std::vector<Ref>& others) {
   zero_plan_.begin();
   for (const auto& work : zero_devices_.all()) work->begin();
   cpu_keys_ = cuda::emulated() ? 0 : plain().keys;
   const bool directly = !any_mode();
-  const Ref kept = Ref::borrow(param_groups_.optional_in(attributes_of(optimizer)));
-  PyObject* groups = kept.get();
   if (foreign_ || groups == nullptr || !PyList_CheckExact(groups)) return false;
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
     PyObject* dict = PyList_GET_ITEM(groups, g);
@@ -74,9 +77,13 @@ bool Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& 
       }
     }
   }
-  for (const auto& work : zero_devices_.all()) work->prepare({});
-  zero_plan_.run(false);
-  for (const auto& work : zero_devices_.all()) work->launch();
+  std::vector<cuda::DeviceWork*> works;
+  for (const auto& work : zero_devices_.all()) {
+    if (!work->plan.empty()) works.push_back(work.get());
+  }
+  for (cuda::DeviceWork* work : works) work->prepare({});
+  zero_plan_.run({}, false);
+  for (cuda::DeviceWork* work : works) work->launch();
   return true;
 }
 
@@ -84,9 +91,19 @@ bool Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& 
 bool Walker::add_zero(const at::Tensor& grad) {
   c10::TensorImpl& tensor = *grad.unsafeGetTensorImpl();
   if (Fields::keys(tensor) == cpu_keys_) [[likely]]
-    return zero_plan_.add_zero(grad);
+    return zero_plan_.add_single(grad, kZero);
   auto* work = zero_devices_.find(tensor);
-  return work != nullptr && work->plan.add_zero(grad);
+  return work != nullptr && work->plan.add_single(grad, kZero);
+}
+
+// Takes a gradient out of the graph that it is part of.
+void Walker::detach(const at::Tensor& grad) {
+  if (!grad.requires_grad()) return;
+  if (grad.grad_fn() != nullptr) {
+    grad.detach_();
+  } else {
+    grad.set_requires_grad(false);
+  }
 }
 
 void Walker::zero(const at::Tensor& slot, bool directly) {
@@ -99,13 +116,7 @@ void Walker::zero(const at::Tensor& slot, bool directly) {
       !grad.is_inference() || c10::InferenceMode::is_enabled(),
       "Inplace update to inference tensor outside InferenceMode is not allowed: a grad made "
       "in inference mode cannot be zeroed. Set it to None instead.");
-  if (grad.requires_grad()) {
-    if (grad.grad_fn() != nullptr) {
-      grad.detach_();
-    } else {
-      grad.set_requires_grad(false);
-    }
-  }
+  detach(grad);
   if (directly && add_zero(grad)) return;
   grad.zero_();
 }

@@ -9,13 +9,14 @@ from fastsgd import _check
 _check.check()
 
 # The check must come before anything that loads _C.
+from fastsgd._norm import clip_grad_norm_  # noqa: E402
 from fastsgd.adagrad import Adagrad  # noqa: E402
 from fastsgd.adam import Adam, AdamW  # noqa: E402
 from fastsgd.rmsprop import RMSprop  # noqa: E402
 from fastsgd.sgd import SGD  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RMSprop", "__version__", "cuda_available"]
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RMSprop", "__version__", "clip_grad_norm_", "cuda_available"]
 
 
 def cuda_available() -> bool:

@@ -20,19 +20,22 @@ from torch.autograd.profiler import record_function
 from torch.compiler import is_compiling
 from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
-from fastsgd import _C, _build_info
+from fastsgd import _C, _build_info, _norm
+from fastsgd._averages import Average, WithAverages
 from fastsgd._check import rebuild_command
+from fastsgd._extras import WithExtras, checked_decay, signature_with_extras
 
 Step = Callable[..., Any]
 # For each group, indices of parameters; without any group, every parameter is meant.
 Routes = list[list[int]]
 
 
-class FusedStep(Optimizer):
+class FusedStep(WithAverages):
     """Mixin, before a torch optimizer among the bases, that steps it in one call.
 
     A class says in ``_rule`` which rule its step follows: its name in the list of rules of csrc.
-    The rule's hyper-parameters, and ``maximize``, must be keys of every group.
+    The rule's hyper-parameters, and ``maximize``, must be keys of every group. It takes the options
+    of :class:`fastsgd._extras.WithExtras` besides its torch class's.
     """
 
     _rule: str
@@ -44,6 +47,22 @@ class FusedStep(Optimizer):
             # As torch wrote it: without the wrapper that runs the hooks, which step() runs itself.
             written = inspect.unwrap(super().step)
             cls.step = _make_step(_use_grad_for_differentiable(written))  # type: ignore[method-assign]
+            cls.__init__ = _make_init(super(WithExtras, cls).__init__)  # type: ignore[method-assign]
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The total norm of the gradients at the last step, before clipping.
+
+        A new tensor without dimensions on the first parameter's device, float64 if any gradient
+        was, else float32; None before a step that had a use for it (``max_grad_norm``,
+        ``skip_nonfinite`` or ``error_if_nonfinite``).
+        """
+        return _C.grad_norm(self)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``skip_nonfinite`` has skipped since the optimizer was made or copied."""
+        return _C.skipped_steps(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, in one call.
@@ -66,6 +85,17 @@ class FusedStep(Optimizer):
             _reset_grad(param, set_to_none)
 
 
+def _make_init(stock_init: Callable[..., None]) -> Callable[..., None]:
+    """Return the constructor of a class whose torch class has ``stock_init``."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        WithExtras.__init__(self, *args, **kwargs)
+
+    __init__.__signature__ = signature_with_extras(stock_init)  # type: ignore[attr-defined]
+    __init__.__doc__ = stock_init.__doc__
+    return __init__
+
+
 def _make_step(stock_step: Step) -> Step:
     """Return the ``step`` method of a class whose torch class steps by ``stock_step``."""
 
@@ -77,7 +107,11 @@ def _make_step(stock_step: Step) -> Step:
                 loss = closure()
         routes = _C.step_or_route(self)
         if routes is not None:
-            _step_in_parts(self, stock_step, routes)
+            step_as_stock = functools.partial(_step_as_stock, stock_step=stock_step)
+            if "_extras" in self.__dict__:
+                _step_with_extras(self, step_as_stock, routes)
+            else:
+                _step_in_parts(self, step_as_stock, routes)
         return loss
 
     # The hooks, their protocol and the profiler's record are torch's own code.
@@ -85,7 +119,7 @@ def _make_step(stock_step: Step) -> Step:
 
     @functools.wraps(stock_step)
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling():
+        if is_compiling() and "_extras" not in self.__dict__:
             # torch breaks the graph in there, and what called step() then calls it untraced.
             return stock_step(self, *args, **kwargs)
         if not args and not kwargs and _C.step(self):
@@ -99,11 +133,11 @@ def _make_step(stock_step: Step) -> Step:
 # --- torch's own path ---------------------------------------------------------------------------
 
 
-def _step_in_parts(optimizer: Optimizer, stock_step: Step, routes: Routes) -> None:
+def _step_in_parts(optimizer: Optimizer, step_as_stock: Step, routes: Routes) -> None:
     """Step the parameters that ``routes`` names in torch's code, then the others in the kernels."""
     groups = optimizer.param_groups
     if not routes:
-        _step_as_stock(optimizer, stock_step)
+        step_as_stock(optimizer)
         return
     theirs = [
         [group["params"][i] for i in route] for group, route in zip(groups, routes, strict=True)
@@ -112,12 +146,13 @@ def _step_in_parts(optimizer: Optimizer, stock_step: Step, routes: Routes) -> No
         [param for i, param in enumerate(group["params"]) if i not in route]
         for group, route in zip(groups, map(set, routes), strict=True)
     ]
-    with _params_replaced(groups, theirs):
-        _step_as_stock(optimizer, stock_step)
+    if any(theirs):
+        with _params_replaced(groups, theirs):
+            step_as_stock(optimizer)
     with _params_replaced(groups, ours):
         routes_left = _C.step_or_route(optimizer)
         if routes_left is not None:
-            _step_in_parts(optimizer, stock_step, routes_left)
+            _step_in_parts(optimizer, step_as_stock, routes_left)
 
 
 def _step_as_stock(optimizer: Optimizer, stock_step: Step) -> None:
@@ -125,13 +160,17 @@ def _step_as_stock(optimizer: Optimizer, stock_step: Step) -> None:
     scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
     if found_inf is not None and found_inf.item():
         return
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    params = _params_of(optimizer)
     _warn_of_devices(params)
     scaling = {name: None for name in ("grad_scale", "found_inf") if hasattr(optimizer, name)}
     with _unfused(optimizer.param_groups), _attributes_replaced(optimizer, scaling):
         if scale is not None:
             _unscale(params, scale)
         stock_step(optimizer)
+
+
+def _params_of(optimizer: Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def _unscale(params: list[Tensor], scale: Tensor) -> None:
@@ -185,6 +224,102 @@ def _attributes_replaced(owner: object, attributes: dict[str, Any]) -> Iterator[
     finally:
         for name, value in was.items():
             setattr(owner, name, value)
+
+
+# --- extras where torch's code takes a part -------------------------------------------------------
+
+
+def _step_with_extras(optimizer: FusedStep, step_as_stock: Step, routes: Routes) -> None:
+    """Step in parts, with what the kernels would do around it done here for torch's part."""
+    extras = optimizer.__dict__["_extras"]
+    found_inf = getattr(optimizer, "found_inf", None)
+    taken = found_inf is None or not found_inf.item()
+    if taken:
+        scale = getattr(optimizer, "grad_scale", None)
+        factor = _factor(optimizer, scale)
+        taken = factor is not None
+    if taken:
+        averaged = optimizer.__dict__.get("_ema_steps", 0)
+        decay = optimizer.ema_decay
+        if callable(decay):
+            decay = checked_decay(decay(averaged + 1))
+        average = Average(optimizer, decay or 0.0, not averaged, optimizer.ema_dtype)
+
+        def step_part(optimizer: FusedStep) -> None:
+            params = _params_of(optimizer)
+            if decay is not None:
+                average.begin(params)
+            unscaled = {name: None for name in ("grad_scale",) if scale is not None}
+            with (
+                _grads_treated(params, scale, factor, optimizer.clip_grad_value),
+                _attributes_replaced(optimizer, unscaled),
+            ):
+                step_as_stock(optimizer)
+            if decay is not None:
+                average.end(params)
+
+        bound = {key: extras[key] for key in ("clip_grad_value", "ema_dtype") if key in extras}
+        for_kernels = {**bound, "factor": factor, "ema_decay": decay}
+        with _attributes_replaced(optimizer, {"_extras": for_kernels}):
+            _step_in_parts(optimizer, step_part, routes)
+        if decay is not None:
+            optimizer.__dict__["_ema_steps"] = averaged + 1
+    if optimizer.clear_grads:
+        FusedStep.zero_grad(optimizer, set_to_none=optimizer.clear_grads is True)
+
+
+def _factor(optimizer: FusedStep, scale: Tensor | None) -> float | None:
+    """Return what gradients are to be multiplied by; None where the step is to be skipped."""
+    max_norm = optimizer.max_grad_norm
+    if max_norm is None and not optimizer.skip_nonfinite and not optimizer.error_if_nonfinite:
+        return 1.0
+    grads = [param.grad for param in _params_of(optimizer) if param.grad is not None]
+    with torch.no_grad():
+        norm = _norm.total_norm(grads, optimizer.norm_type)
+        if scale is not None:
+            norm = norm / scale.to(norm.device)
+        finite = bool(norm.isfinite())
+        norm = norm.to(_norm.norm_dtype(grads))
+        _C.note(optimizer, norm, optimizer.skip_nonfinite and not finite)
+        if optimizer.error_if_nonfinite:
+            _norm.raise_if_nonfinite(norm, optimizer.norm_type)
+        if optimizer.skip_nonfinite and not finite:
+            return None
+        return 1.0 if max_norm is None else _norm.clip_factor(norm, max_norm).item()
+
+
+@contextmanager
+def _grads_treated(
+    params: list[Tensor], scale: Tensor | None, factor: float, bound: float | None
+) -> Iterator[None]:
+    """Put copies that are unscaled and clipped in the gradients' place."""
+
+    def treated(values: Tensor) -> Tensor:
+        if scale is not None:
+            values = values / scale.to(values.device)
+        if factor != 1:
+            values = values * factor
+        return values if bound is None else values.clamp(-bound, bound)
+
+    def copy(grad: Tensor) -> Tensor:
+        if not grad.is_sparse:
+            return treated(grad)
+        grad = grad.coalesce()
+        values = treated(grad.values())
+        return torch.sparse_coo_tensor(grad.indices(), values, grad.shape, is_coalesced=True)
+
+    if scale is None and factor == 1 and bound is None:
+        yield
+        return
+    with torch.no_grad():
+        copies = [(param, param.grad, copy(param.grad)) for param in params if param.grad is not None]
+    try:
+        for param, _, copied in copies:
+            param.grad = copied
+        yield
+    finally:
+        for param, grad, _ in copies:
+            param.grad = grad
 
 
 _warned_of: set[str] = set()

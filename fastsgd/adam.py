@@ -97,3 +97,5 @@ class AdamW(Adam, torch.optim.AdamW):
     Source: :class:`torch.optim.AdamW`; Loshchilov and Hutter, "Decoupled weight decay
     regularization", ICLR 2019.
     """
+
+    _rule = "adam"

@@ -13,6 +13,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "cpu/shares.h"
 #include "cpu/strided.h"
 
 namespace fastsgd {
@@ -34,17 +35,9 @@ int available_cpus() {
 // Below this many bytes a parallel region costs more than it saves.
 constexpr std::int64_t kWorthATeam = 4 << 20;
 
-// How many workers should share so much work.
-int team_for(std::int64_t bytes) {
-  const int team = threads();
-  // One larger than the machine pays context switches at its barrier, so it must have more to do.
-  const bool fits = team <= available_cpus();
-  return bytes < (fits ? kWorthATeam : 16 * kWorthATeam) ? 1 : team;
-}
-
 // --- one worker's share -------------------------------------------------------------------------
 
-void zero(const Row&, const Run* run, std::int64_t runs) {
+void zero(const Row&, const Around&, const Run* run, std::int64_t runs) {
   for (const Run* end = run + runs; run != end; ++run) {
     std::memset(run->stream[0], 0, static_cast<std::size_t>(run->count));
   }
@@ -54,57 +47,49 @@ Kernel kernel_of(const Span& span) {
   return span.kernel == kZero ? zero : kernels().step[span.kernel];
 }
 
-void execute_part(const Span& span, const Run& run, const Row& row, std::int64_t begin,
-                  std::int64_t end) {
+void execute_part(const Span& span, const Run& run, const Row& row, const Around& around,
+                  std::int64_t begin, std::int64_t end) {
   if (span.layout != nullptr) {
-    return execute_strided(kernel_of(span), span, run, row, begin, end);
+    return execute_strided(kernel_of(span), span, run, row, around, begin, end);
   }
   Run part;
-  for (int s = 0; s < span.streams; ++s) part.stream[s] = run.stream[s] + begin * span.item_size;
+  for (int s = 0; s < span.streams; ++s) part.stream[s] = run.stream[s] + begin * span.size_of(s);
   part.count = end - begin;
-  kernel_of(span)(row, &part, 1);
-}
-
-// The share of one worker: of all bytes, in the order of the runs, those in [begin, end).
-void execute_share(const std::vector<Span>& spans, const Run* runs, const Row* rows,
-                   std::int64_t begin, std::int64_t end) {
-  std::int64_t passed = 0;
-  for (const Span& span : spans) {
-    // A cut falls on a multiple of 64 elements, so that two workers do not write one cache line.
-    const auto cut = [&](const Run& run, std::int64_t bytes) {
-      const std::int64_t elements = bytes / span.item_bytes();
-      return std::clamp<std::int64_t>((elements + 63) / 64 * 64, 0, run.count);
-    };
-    for (std::int64_t r = span.first; r < span.end && passed < end; ++r) {
-      const Run& run = runs[r];
-      const std::int64_t bytes = run.count * span.item_bytes();
-      const std::int64_t first = cut(run, begin - passed);
-      const std::int64_t last = passed + bytes <= end ? run.count : cut(run, end - passed);
-      if (first < last) execute_part(span, run, rows[span.row], first, last);
-      passed += bytes;
-    }
-  }
+  kernel_of(span)(row, around, &part, 1);
 }
 
 }  // namespace
 
-void execute(const std::vector<Span>& spans, const Run* runs, const Row* rows, std::int64_t bytes,
-             bool ordered) {
+int team_for(std::int64_t bytes) {
+  const int team = threads();
+  // One larger than the machine pays context switches at its barrier, so it must have more to do.
+  const bool fits = team <= available_cpus();
+  return bytes < (fits ? kWorthATeam : 16 * kWorthATeam) ? 1 : team;
+}
+
+void execute(const std::vector<Span>& spans, const Run* runs, const Row* rows, const Around& around,
+             std::int64_t bytes, bool ordered) {
   const int team = ordered ? 1 : team_for(bytes);
   if (team == 1) {
     for (const Span& span : spans) {
       const Run* first = runs + span.first;
       if (span.layout != nullptr) {
-        execute_strided(kernel_of(span), span, *first, rows[span.row], 0, first->count);
+        execute_strided(kernel_of(span), span, *first, rows[span.row], around, 0, first->count);
       } else {
-        kernel_of(span)(rows[span.row], first, span.end - span.first);
+        kernel_of(span)(rows[span.row], around, first, span.end - span.first);
       }
     }
     return;
   }
   at::parallel_for(0, team, 1, [&](std::int64_t begin, std::int64_t end) {
-    // A region may have fewer threads than were asked for: these are shares, not threads.
-    execute_share(spans, runs, rows, bytes * begin / team, bytes * end / team);
+    // A region may have fewer threads than were asked for: these are shares, not threads. A cut
+    // falls on a multiple of 64 elements, so that two workers do not write one cache line.
+    visit_share(
+        spans, runs, bytes * begin / team, bytes * end / team, 64,
+        [](const Span& span) { return span.item_bytes(); },
+        [&](const Span& span, const Run& run, std::int64_t first, std::int64_t last) {
+          execute_part(span, run, rows[span.row], around, first, last);
+        });
   });
 }
 

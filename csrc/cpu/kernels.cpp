@@ -5,75 +5,181 @@
 #include "cpu/simd.h"  // before the rules: registers have no namespace to be looked up in
 
 #include "cpu/kernels.h"
+#include "cpu/measure.h"
 #include "prefetch.h"
 
 namespace fastsgd {
 namespace {
 
-// What the engine does to a gradient between loading it and the rule.
-template <class L>
-struct Gradient {
-  L scale;
-  bool unscale, maximize;
-};
+// What follows the parameter's update, which `p` is as it was stored.
+template <class L, class T>
+FASTSGD_LANE void follow(const Around& around, const AroundLanes<L>& lanes, L p, T* grad,
+                         char* average, std::int64_t at) {
+  if (around.averages) {
+    const auto keep = [&](auto* to) {
+      store(to, lanes.average(around, load<L>(to), p));
+    };
+    if (around.wide && sizeof(T) < sizeof(float)) {
+      keep(reinterpret_cast<float*>(average) + at);
+    } else {
+      keep(reinterpret_cast<T*>(average) + at);
+    }
+  }
+  if (around.clears) store(grad, L{});
+}
 
-// As many elements as L holds, from memory through the rule and back.
-template <class R, int kStructure, class L, class T>
-FASTSGD_LANE void advance(const typename R::template Scalars<L>& scalars,
-                          const Gradient<L>& gradient, T* param, T* grad, T* const* state) {
+// As many elements as L holds, from memory through the rule and back; `kAround` if anything is done
+// around it.
+template <class R, int kStructure, bool kAround, class L, class T>
+FASTSGD_LANE void advance(const typename R::template Scalars<L>& scalars, const Around& around,
+                          const AroundLanes<L>& lanes, bool maximize, char* const* stream,
+                          std::int64_t at) {
   constexpr int kStates = size_of(R::states(kStructure));
+  const auto elements = [&](int s) { return reinterpret_cast<T*>(stream[s]) + at; };
+  T *param = elements(kParam), *grad = elements(kGrad);
   L p = load<L>(param), g = load<L>(grad), s[kStates + 1];
-  for (int i = 0; i < kStates; ++i) s[i] = load<L>(state[i]);
-  if (gradient.unscale) store(grad, g = g / gradient.scale);
-  if (gradient.maximize) g = -g;
+  for (int i = 0; i < kStates; ++i) s[i] = load<L>(elements(kState + i));
+  if (kAround && around.before()) {
+    if (around.unscales) g = g / lanes.grad_scale;
+    if (around.keeps_unscaled) store(grad, g);
+    g = lanes.clip(around, g);
+  }
+  if (maximize) g = -g;
   R::template update<kStructure>(scalars, p, g, s);
-  for (int i = 0; i < kStates; ++i) store(state[i], s[i]);
+  for (int i = 0; i < kStates; ++i) store(elements(kState + i), s[i]);
   store(param, p);
+  if (kAround && around.after()) {
+    follow(around, lanes, load<L>(param), grad, stream[kState + kStates], at);
+  }
+}
+
+template <class Register, class Scalar>
+FASTSGD_LANE AroundLanes<Register> lanes_of(const Around& around) {
+  const auto lane = [](double x) { return broadcast<Register>(static_cast<Scalar>(x)); };
+  return {lane(around.grad_scale), lane(around.factor), lane(around.bound), lane(around.weight)};
 }
 
 // All elements of each run: registers while they fit, then single elements.
-template <class R, int kStructure, class T>
-void step(const Row& row, const Run* run, std::int64_t runs) {
+template <class Register, class Scalar, class Wide, class Narrow>
+FASTSGD_LANE void go_over(std::int64_t count, Wide wide, Narrow narrow) {
+  constexpr std::int64_t kLanes = sizeof(Register) / sizeof(Scalar);
+  std::int64_t at = 0;
+  for (; at + kLanes <= count; at += kLanes) wide(at);
+  for (; at < count; ++at) narrow(at);
+}
+
+template <class R, int kStructure, class T, bool kAround>
+FASTSGD_LANE void step_runs(const Row& row, const Around& step_around, const Run* run,
+                            std::int64_t runs) {
   using Scalar = typename Compute<T>::Scalar;
   using Register = typename RegisterOf<Scalar>::type;
   constexpr int kStates = size_of(R::states(kStructure));
-  constexpr std::int64_t kLanes = sizeof(Register) / sizeof(Scalar);
 
   typename R::template Scalars<double> exact;
   __builtin_memcpy(&exact, row.scalars, sizeof(exact));
   const auto scalars = exact.each([](double x) { return static_cast<Scalar>(x); });
   const auto wide = scalars.each([](Scalar x) { return broadcast<Register>(x); });
-  const Gradient<Scalar> gradient{static_cast<Scalar>(row.grad_scale), row.unscale, row.maximize};
-  const Gradient<Register> wide_gradient{broadcast<Register>(gradient.scale), row.unscale,
-                                         row.maximize};
+  const Around around = step_around;  // here, where no store can be to it
+  const auto around_scalars = lanes_of<Scalar, Scalar>(around);
+  const auto around_wide = lanes_of<Register, Scalar>(around);
+  const int streams = kState + kStates + (kAround && around.averages ? 1 : 0);
 
   for (const Run* end = run + runs; run != end; ++run) {
     if (static_cast<std::size_t>(end - run) > kAhead) {
-      for (int i = 0; i < kState + kStates; ++i) prefetch(run[kAhead].stream[i]);
+      for (int i = 0; i < streams; ++i) prefetch(run[kAhead].stream[i]);
     }
-    T* param = reinterpret_cast<T*>(run->stream[kParam]);
-    T* grad = reinterpret_cast<T*>(run->stream[kGrad]);
-    T* state[kStates + 1];
-    for (int i = 0; i < kStates; ++i) state[i] = reinterpret_cast<T*>(run->stream[kState + i]);
-    const auto pass = [&](std::int64_t elements) {
-      param += elements;
-      grad += elements;
-      for (int i = 0; i < kStates; ++i) state[i] += elements;
+    char* stream[kState + kStates + 1];
+    for (int i = 0; i < streams; ++i) stream[i] = run->stream[i];
+    go_over<Register, Scalar>(
+        run->count,
+        [&](std::int64_t at) {
+          advance<R, kStructure, kAround, Register, T>(wide, around, around_wide, row.maximize, stream, at);
+        },
+        [&](std::int64_t at) {
+          advance<R, kStructure, kAround, Scalar, T>(scalars, around, around_scalars, row.maximize, stream,
+                                            at);
+        });
+  }
+}
+
+template <class R, int kStructure, class T>
+void step(const Row& row, const Around& around, const Run* run, std::int64_t runs) {
+  if (around.before() || around.after()) {
+    step_runs<R, kStructure, T, true>(row, around, run, runs);
+  } else {
+    step_runs<R, kStructure, T, false>(row, around, run, runs);
+  }
+}
+
+// Averages of parameters that are not stepped.
+template <class T>
+void average(const Row&, const Around& around, const Run* run, std::int64_t runs) {
+  using Scalar = typename Compute<T>::Scalar;
+  using Register = typename RegisterOf<Scalar>::type;
+  const auto scalars = lanes_of<Scalar, Scalar>(around);
+  const auto wide = lanes_of<Register, Scalar>(around);
+  for (const Run* end = run + runs; run != end; ++run) {
+    T* to = reinterpret_cast<T*>(run->stream[0]);
+    const T* of = reinterpret_cast<const T*>(run->stream[1]);
+    const auto advance = [&](const auto& lanes, std::int64_t at) {
+      using L = decltype(lanes.grad_scale + lanes.weight);
+      store(to + at, lanes.average(around, load<L>(to + at), load<L>(of + at)));
     };
-    std::int64_t left = run->count;
-    for (; left >= kLanes; left -= kLanes, pass(kLanes)) {
-      advance<R, kStructure>(wide, wide_gradient, param, grad, state);
-    }
-    for (; left > 0; --left, pass(1)) {
-      advance<R, kStructure>(scalars, gradient, param, grad, state);
+    go_over<Register, Scalar>(
+        run->count, [&](std::int64_t at) { advance(wide, at); },
+        [&](std::int64_t at) { advance(scalars, at); });
+  }
+}
+
+template <class T>
+void scale(const Row&, const Around& around, const Run* run, std::int64_t runs) {
+  using Scalar = typename Compute<T>::Scalar;
+  using Register = typename RegisterOf<Scalar>::type;
+  const auto scalars = lanes_of<Scalar, Scalar>(around);
+  const auto wide = lanes_of<Register, Scalar>(around);
+  for (const Run* end = run + runs; run != end; ++run) {
+    T* of = reinterpret_cast<T*>(run->stream[0]);
+    const auto advance = [&](const auto& lanes, std::int64_t at) {
+      using L = decltype(lanes.grad_scale + lanes.weight);
+      store(of + at, lanes.clip(around, load<L>(of + at)));
+    };
+    go_over<Register, Scalar>(
+        run->count, [&](std::int64_t at) { advance(wide, at); },
+        [&](std::int64_t at) { advance(scalars, at); });
+  }
+}
+
+template <class T>
+void exchange(const Row&, const Around&, const Run* run, std::int64_t runs) {
+  for (const Run* end = run + runs; run != end; ++run) {
+    T* a = reinterpret_cast<T*>(run->stream[0]);
+    T* b = reinterpret_cast<T*>(run->stream[1]);
+    for (std::int64_t i = 0; i < run->count; ++i) {
+      const T kept = a[i];
+      a[i] = b[i];
+      b[i] = kept;
     }
   }
 }
 
 // --- the table ----------------------------------------------------------------------------------
 
+template <class T>
+constexpr void fill_others(KernelTable& table, Storage storage) {
+  const int type = static_cast<int>(storage);
+  table.step[kAverage + type] = average<T>;
+  table.step[kScale + type] = scale<T>;
+  table.step[kExchange + type] = exchange<T>;
+  table.squares[type] = squares<T>;
+  table.magnitude[type] = magnitude<T>;
+}
+
 constexpr KernelTable table(const char* instruction_set) {
-  KernelTable table{instruction_set, {}};
+  KernelTable table{instruction_set, {}, {}, {}};
+  fill_others<float>(table, Storage::kFloat);
+  fill_others<double>(table, Storage::kDouble);
+  fill_others<BFloat16>(table, Storage::kBFloat16);
+  fill_others<Half>(table, Storage::kHalf);
   fill_kernels(
       table.step,
       []<class R, int kStructure, class T>(Instance<R, kStructure, T>) {

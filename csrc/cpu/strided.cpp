@@ -82,7 +82,7 @@ void copy_rows(const Layout& layout, int stream, Position position, char* memory
 
 template <Way kWay>
 void copy_rows(const Layout& layout, int stream, const Position& position, char* memory, char* tile,
-               std::int64_t count, int item_size) {
+               std::int64_t count, std::int64_t item_size) {
   switch (item_size) {
     case 2:
       return copy_rows<kWay, std::uint16_t>(layout, stream, position, memory, tile, count);
@@ -95,7 +95,7 @@ void copy_rows(const Layout& layout, int stream, const Position& position, char*
 
 // Long rows that lie flat in every stream, each of them a run.
 void execute_rows(Kernel kernel, const Span& span, const Run& run, const Row& row,
-                  std::int64_t begin, std::int64_t end) {
+                  const Around& around, std::int64_t begin, std::int64_t end) {
   const Layout& layout = *span.layout;
   Position position(layout, begin);
   Run rows[kRows];
@@ -105,18 +105,18 @@ void execute_rows(Kernel kernel, const Span& span, const Run& run, const Row& ro
       Run& next = rows[filled];
       next.count = std::min(end - begin, position.left_in_row(layout));
       for (int s = 0; s < span.streams; ++s) {
-        next.stream[s] = run.stream[s] + position.offset(layout, s) * span.item_size;
+        next.stream[s] = run.stream[s] + position.offset(layout, s) * span.size_of(s);
       }
       position.advance(layout, kParam, next.count);
       begin += next.count;
     }
-    kernel(row, rows, filled);
+    kernel(row, around, rows, filled);
   }
 }
 
 // Anything else, a tile at a time: streams that do not lie flat pass through tiles on the stack.
 void execute_tiles(Kernel kernel, const Span& span, const Run& run, const Row& row,
-                   std::int64_t begin, std::int64_t end) {
+                   const Around& around, std::int64_t begin, std::int64_t end) {
   const Layout& layout = *span.layout;
   alignas(64) char tile[kMaxStreams][kTile * sizeof(double)];
   bool flat[kMaxStreams];
@@ -127,27 +127,33 @@ void execute_tiles(Kernel kernel, const Span& span, const Run& run, const Row& r
     Run part;
     part.count = count;
     for (int s = 0; s < span.streams; ++s) {
-      part.stream[s] = flat[s] ? run.stream[s] + begin * span.item_size : tile[s];
+      part.stream[s] = flat[s] ? run.stream[s] + begin * span.size_of(s) : tile[s];
       if (flat[s]) continue;
-      copy_rows<Way::kToTile>(layout, s, position, run.stream[s], tile[s], count, span.item_size);
+      copy_rows<Way::kToTile>(layout, s, position, run.stream[s], tile[s], count, span.size_of(s));
     }
-    kernel(row, &part, 1);
+    kernel(row, around, &part, 1);
     for (int s = 0; s < span.streams; ++s) {
-      if (flat[s] || (s == kGrad && !row.unscale)) continue;
-      copy_rows<Way::kFromTile>(layout, s, position, run.stream[s], tile[s], count, span.item_size);
+      if (flat[s] || (s == kGrad && !around.writes_grad())) continue;
+      copy_rows<Way::kFromTile>(layout, s, position, run.stream[s], tile[s], count, span.size_of(s));
     }
   }
 }
 
 }  // namespace
 
+void gather(const Span& span, const Run& run, int stream, std::int64_t begin, std::int64_t count,
+            char* tile) {
+  copy_rows<Way::kToTile>(*span.layout, stream, Position(*span.layout, begin), run.stream[stream],
+                          tile, count, static_cast<int>(span.size_of(stream)));
+}
+
 void execute_strided(Kernel kernel, const Span& span, const Run& run, const Row& row,
-                     std::int64_t begin, std::int64_t end) {
+                     const Around& around, std::int64_t begin, std::int64_t end) {
   const Layout& layout = *span.layout;
   const int inner = layout.dims - 1;
   bool in_rows = layout.size[inner] >= kLongRow;
   for (int s = 0; s < span.streams; ++s) in_rows &= layout.stride[inner][s] == 1;
-  (in_rows ? execute_rows : execute_tiles)(kernel, span, run, row, begin, end);
+  (in_rows ? execute_rows : execute_tiles)(kernel, span, run, row, around, begin, end);
 }
 
 }  // namespace fastsgd

@@ -96,21 +96,15 @@ void DeviceWork::begin() {
   first_.clear();
 }
 
-Update DeviceWork::update_of(const Rule& rule, int rule_number, const GroupOptions& options,
-                             const Scaling& scaling) {
-  Update update{&rule.structures[options.structure], first_kernel(rule_number, options.structure),
-                -1, scaling.unscale, rule.adds_param(options.hypers)};
+std::int32_t DeviceWork::row_of(const Rule& rule, const GroupOptions& options) {
   const auto same = [&](const Made& other) { return other.options == options; };
-  if (const Made* made = find_recent(made_, same)) {
-    update.row = made->row;
-    return update;
-  }
+  if (const Made* made = find_recent(made_, same)) return made->row;
   Hypers hypers{};  // to the last byte, as they are compared by bytes
   for (int i = 0; i < rule.hyper_count; ++i) {
     const Number& number = options.hypers[i];
     const bool single = number.tensor_dtype() == static_cast<std::int64_t>(at::kFloat);
     const bool wide = number.tensor_dtype() == static_cast<std::int64_t>(at::kDouble);
-    if (number.is_tensor() && !single && !wide) return update;
+    if (number.is_tensor() && !single && !wide) return -1;
     if (number.is_there()) {
       hypers.cell[i].address = number.address();
       hypers.kind[i] = single ? Hypers::kFloatAt : Hypers::kDoubleAt;
@@ -120,10 +114,10 @@ Update DeviceWork::update_of(const Rule& rule, int rule_number, const GroupOptio
     }
   }
   hypers.maximize = options.maximize;
-  update.row = static_cast<std::int32_t>(hypers_.size());
+  const auto row = static_cast<std::int32_t>(hypers_.size());
   hypers_.push_back(hypers);
-  made_.push_back({options, update.row});
-  return update;
+  made_.push_back({options, row});
+  return row;
 }
 
 void DeviceWork::prepare(const Scaling& scaling) {

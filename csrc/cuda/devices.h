@@ -55,10 +55,9 @@ class DeviceWork {
   void begin();
   Device& device() { return engine_.device(); }
 
-  // How parameters of a group are updated; by row -1 where an option is a tensor of a dtype that
-  // the device does not compute in. Groups with equal options share a row.
-  Update update_of(const Rule& rule, int rule_number, const GroupOptions& options,
-                   const Scaling& scaling);
+  // The number by which an Update names the options of a group; -1 where one is a tensor of a dtype
+  // that the device does not compute in. Groups with equal options share a row.
+  std::int32_t row_of(const Rule& rule, const GroupOptions& options);
   // Notes, for the parameter added last by a rule that counts no steps, where its first is told.
   void note_first_step(char* count) { first_.push_back({nullptr, nullptr, count, false}); }
 

@@ -27,9 +27,16 @@ constexpr Structure structure_of(int structure) {
   return of;
 }
 
+constexpr Structure averaged(Structure of, int number) {
+  of.average = of.count;
+  of.number[of.count] = number;
+  of.state[of.count++] = kAverageState;
+  return of;
+}
+
 template <class R>
 constexpr Rule describe() {
-  static_assert(std::size(R::kHypers) <= kMaxHypers && std::size(R::kStates) <= kMaxStates);
+  static_assert(std::size(R::kHypers) <= kMaxHypers && std::size(R::kStates) < kMaxStates);
   Rule rule = {.name = R::kName,
                .hypers = R::kHypers,
                .hyper_count = static_cast<int>(std::size(R::kHypers)),
@@ -42,7 +49,10 @@ constexpr Rule describe() {
   if constexpr (requires { R::kNewState; }) rule.new_state = R::kNewState;
   if constexpr (requires { R::kFill; }) rule.fill = R::kFill;
   if constexpr (requires { R::kSparseError; }) rule.sparse_error = R::kSparseError;
-  for (int i = 0; i < R::kStructures; ++i) rule.structures[i] = structure_of<R>(i);
+  for (int i = 0; i < R::kStructures; ++i) {
+    rule.structures[i] = structure_of<R>(i);
+    rule.structures[kMaxStructures + i] = averaged(rule.structures[i], rule.state_count);
+  }
   return rule;
 }
 

@@ -1,0 +1,95 @@
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/engine.h"
+#include "cpu/shares.h"
+#include "cpu/strided.h"
+#include "prefetch.h"
+
+namespace fastsgd {
+namespace {
+
+void add(Measured& measured, Order order, const PieceMeasured& piece) {
+  measured.not_finite |= piece.not_finite;
+  if (order == Order::kInfinity) {
+    measured.greatest = lane::max(measured.greatest, piece.high);
+    return;
+  }
+  measured.squares.add(piece.high);
+  if (piece.low != 0) measured.squares.add(piece.low);
+}
+
+Measure kernel_for(Order order, int type) {
+  const KernelTable& table = kernels();
+  return (order == Order::kTwo ? table.squares : table.magnitude)[type];
+}
+
+// Elements of one run from a multiple of kPiece on, where its gradient lies in another order.
+void measure_strided(Measured& measured, Order order, Measure measure, const Span& span,
+                     const Run& run, std::int64_t begin, std::int64_t end) {
+  alignas(64) char tile[kPiece * sizeof(double)];
+  for (std::int64_t count; begin < end; begin += count) {
+    count = std::min(end - begin, kPiece);
+    gather(span, run, kGrad, begin, count, tile);
+    add(measured, order, measure(tile, count));
+  }
+}
+
+void measure_run(Measured& measured, Order order, Measure measure, const Span& span,
+                 const Run& run, std::int64_t begin, std::int64_t end) {
+  if (span.layout != nullptr && !span.layout->flat(kGrad)) {
+    return measure_strided(measured, order, measure, span, run, begin, end);
+  }
+  for (; begin < end; begin += kPiece) {
+    const std::int64_t count = std::min(end - begin, kPiece);
+    add(measured, order, measure(run.stream[kGrad] + begin * span.item_size, count));
+  }
+}
+
+}  // namespace
+
+void measure_piece(Measured& measured, Order order, Storage type, const char* elements,
+                   std::int64_t count) {
+  add(measured, order, kernel_for(order, static_cast<int>(type))(elements, count));
+}
+
+Measured measure(const std::vector<Span>& spans, const Run* runs, Order order) {
+  std::int64_t bytes = 0;
+  for (const Span& span : spans) {
+    for (std::int64_t r = span.first; span.is_step() && r < span.end; ++r) {
+      bytes += runs[r].count * span.item_size;
+    }
+  }
+  const int team = team_for(bytes);
+  std::vector<Measured> shares(static_cast<std::size_t>(team));
+  if (team == 1) {
+    for (const Span& span : spans) {
+      if (!span.is_step()) continue;
+      const Measure kernel = kernel_for(order, span.storage());
+      for (std::int64_t r = span.first; r < span.end; ++r) {
+        const std::int64_t ahead = r + static_cast<std::int64_t>(kAhead);
+        if (ahead < span.end) prefetch(runs[ahead].stream[kGrad]);
+        measure_run(shares[0], order, kernel, span, runs[r], 0, runs[r].count);
+      }
+    }
+    return shares[0];
+  }
+  at::parallel_for(0, team, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t share = begin; share < end; ++share) {
+      Measured measured{};  // of this thread alone, and so of its cache
+      visit_share(
+          spans, runs, bytes * share / team, bytes * (share + 1) / team, kPiece,
+          [](const Span& span) { return span.is_step() ? span.item_size : 0; },
+          [&](const Span& span, const Run& run, std::int64_t first, std::int64_t last) {
+            measure_run(measured, order, kernel_for(order, span.storage()), span, run, first, last);
+          });
+      shares[static_cast<std::size_t>(share)] = measured;
+    }
+  });
+  for (std::size_t i = 1; i < shares.size(); ++i) shares[0].add(shares[i]);
+  return shares[0];
+}
+
+}  // namespace fastsgd

@@ -1,0 +1,139 @@
+// The part of the kernels that measures gradients, in double. Squares of float32 are exact there;
+// those of float64 are rounded once, and what their sum loses is kept apart. Elements are dealt out
+// to kMeasureLanes lanes, so that the width of a register does not show in the sum.
+#pragma once
+
+#include "cpu/simd.h"
+#include "norm.h"
+
+namespace fastsgd {
+namespace {
+
+constexpr int kDoubles = sizeof(DoubleRegister) / sizeof(double);
+constexpr int kParts = kMeasureLanes / kDoubles;  // the registers that hold all lanes
+
+// Elements in double.
+struct Elements {
+  DoubleRegister part[kParts];
+};
+FASTSGD_LANE Elements elements_of(const double* from) {
+  Elements elements;
+  for (int i = 0; i < kParts; ++i)
+    elements.part[i] = load<DoubleRegister>(from + i * kDoubles);
+  return elements;
+}
+FASTSGD_LANE Elements elements_of(const float* from) {
+  using Floats = Vector<float, kDoubles>;
+  Elements elements;
+  for (int i = 0; i < kParts; ++i) {
+    Floats floats;
+    std::memcpy(&floats, from + i * kDoubles, sizeof(floats));
+    elements.part[i] = __builtin_convertvector(floats, DoubleRegister);
+  }
+  return elements;
+}
+template <class T>
+FASTSGD_LANE Elements elements_of(const T* from) {
+  constexpr int kFloats = sizeof(FloatRegister) / sizeof(float);
+  float floats[kMeasureLanes];
+  for (int i = 0; i < kMeasureLanes; i += kFloats) store(floats + i, load<FloatRegister>(from + i));
+  return elements_of(floats);
+}
+
+// Adds to a sum, and to the rest what the sum could not take (Knuth's two-sum).
+template <class L>
+FASTSGD_LANE void add_keeping_rest(L x, L& sum, L& rest) {
+  const L total = sum + x, taken = total - sum;
+  rest = rest + ((sum - (total - taken)) + (x - taken));
+  sum = total;
+}
+
+// Sums of lanes, and what they could not take: added up in one order for registers of any width.
+struct Sums {
+  DoubleRegister sum[kParts], rest[kParts];
+
+  template <bool kRest>
+  FASTSGD_LANE void add_squares(const Elements& elements) {
+    for (int i = 0; i < kParts; ++i) {
+      const DoubleRegister square = elements.part[i] * elements.part[i];
+      if constexpr (kRest) {
+        add_keeping_rest(square, sum[i], rest[i]);
+      } else {
+        sum[i] = sum[i] + square;
+      }
+    }
+  }
+  template <bool kRest>
+  FASTSGD_LANE PieceMeasured total() const {
+    double sums[kMeasureLanes], rests[kMeasureLanes];
+    std::memcpy(sums, sum, sizeof(sums));
+    if constexpr (kRest) std::memcpy(rests, rest, sizeof(rests));
+    for (int half = kMeasureLanes / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) {
+        if constexpr (kRest) {
+          add_keeping_rest(sums[i + half], sums[i], rests[i]);
+          rests[i] = rests[i] + rests[i + half];
+        } else {
+          sums[i] = sums[i] + sums[i + half];
+        }
+      }
+    }
+    return {sums[0], kRest ? rests[0] : 0, false};
+  }
+};
+
+template <class T>
+bool any_not_finite(const T* elements, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    const auto x = to_scalar(elements[i]);
+    if (x - x != 0) return true;
+  }
+  return false;
+}
+
+template <class T>
+PieceMeasured squares(const char* memory, std::int64_t count) {
+  constexpr bool kRest = sizeof(T) == sizeof(double);  // a float32's square leaves room to add to
+  const T* from = reinterpret_cast<const T*>(memory);
+  Sums sums{};
+  std::int64_t at = 0;
+  for (; at + kMeasureLanes <= count; at += kMeasureLanes) {
+    sums.add_squares<kRest>(elements_of(from + at));
+  }
+  if (at < count) {
+    T last[kMeasureLanes] = {};
+    for (int i = 0; at + i < count; ++i) last[i] = from[at + i];
+    sums.add_squares<kRest>(elements_of(last));
+  }
+  PieceMeasured measured = sums.total<kRest>();
+  if (measured.high - measured.high != 0) {  // squares may overflow where no element is infinite
+    measured.low = 0;
+    measured.not_finite = any_not_finite(from, count);
+  }
+  return measured;
+}
+
+template <class T>
+PieceMeasured magnitude(const char* memory, std::int64_t count) {
+  using Scalar = typename Compute<T>::Scalar;
+  using Register = typename RegisterOf<Scalar>::type;
+  constexpr std::int64_t kLanes = sizeof(Register) / sizeof(Scalar);
+  const T* from = reinterpret_cast<const T*>(memory);
+  Register wide{};
+  std::int64_t at = 0;
+  for (; at + kLanes <= count; at += kLanes) {
+    const auto x = load<Register>(from + at);
+    wide = lane::max(wide, lane::max(x, -x));
+  }
+  Scalar greatest = 0;
+  for (std::int64_t i = 0; i < kLanes; ++i) greatest = lane::max(greatest, wide[i]);
+  for (; at < count; ++at) {
+    const Scalar x = to_scalar(from[at]);
+    greatest = lane::max(greatest, lane::max(x, -x));
+  }
+  const double found = greatest;
+  return {found < 0 ? -found : found + 0.0, 0, found - found != 0};
+}
+
+}  // namespace
+}  // namespace fastsgd

@@ -1,0 +1,102 @@
+#include "extras.h"
+
+#include <c10/util/Exception.h>
+#include <torch/csrc/Exceptions.h>
+
+#include <cmath>
+
+#include "pytensor.h"
+
+namespace fastsgd {
+namespace {
+
+double number(PyObject* object) {
+  const double value = PyFloat_AsDouble(object);
+  if (value == -1 && PyErr_Occurred()) throw python_error();
+  return value;
+}
+
+bool truth(PyObject* object) {
+  const int value = PyObject_IsTrue(object);
+  if (value < 0) throw python_error();
+  return value != 0;
+}
+
+}  // namespace
+
+const Extras& ExtrasReader::read(PyObject* attributes) {
+  PyObject* dict = extras_.ask(attributes);
+  if (dict == nullptr || !PyDict_CheckExact(dict)) return none_;
+  const std::uint64_t version = version_of(dict);
+  if (version == 0 || version != version_) {
+    version_ = 0;
+    read_dict(dict);
+    version_ = version;
+  }
+  return seen_;
+}
+
+void ExtrasReader::read_dict(PyObject* dict) {
+  seen_ = {};
+  if (PyObject* max_norm = max_norm_.optional_in(dict)) {
+    seen_.clips = true;
+    seen_.max_norm = number(max_norm);
+  }
+  if (PyObject* order = order_.optional_in(dict)) {
+    seen_.order = std::isinf(number(order)) ? Order::kInfinity : Order::kTwo;
+  }
+  if (PyObject* factor = factor_.optional_in(dict)) {
+    seen_.has_factor = true;
+    seen_.factor = number(factor);
+  }
+  if (PyObject* bound = bound_.optional_in(dict)) {
+    seen_.bounds = true;
+    seen_.bound = number(bound);
+  }
+  if (PyObject* decay = decay_.optional_in(dict)) {
+    seen_.averages = true;
+    if (PyFloat_Check(decay)) {
+      seen_.decay = number(decay);
+    } else {
+      seen_.schedule = decay;
+    }
+  }
+  seen_.wide = wide_.optional_in(dict) != nullptr;
+  if (PyObject* raises = raises_.optional_in(dict)) seen_.raises = truth(raises);
+  if (PyObject* skips = skips_.optional_in(dict)) seen_.skips = truth(skips);
+  seen_.swapped = swapped_.optional_in(dict) != nullptr;
+  if (PyObject* clear = clear_.optional_in(dict)) {
+    if (PyUnicode_Check(clear)) {
+      seen_.clear = Extras::Clear::kToZero;
+    } else if (truth(clear)) {
+      seen_.clear = Extras::Clear::kToNone;
+    }
+  }
+  seen_.any = seen_.clips || seen_.has_factor || seen_.bounds || seen_.averages || seen_.raises ||
+              seen_.skips || seen_.clear != Extras::Clear::kKeep;
+}
+
+std::int64_t ExtrasReader::averaged(PyObject* attributes) {
+  PyObject* count = averaged_.optional_in(attributes);
+  if (count == nullptr) return 0;
+  const std::int64_t value = PyLong_AsLongLong(count);
+  if (value == -1 && PyErr_Occurred()) throw python_error();
+  return value;
+}
+
+void ExtrasReader::count_average(PyObject* attributes, std::int64_t averaged) {
+  const Ref count = Ref::steal(checked(PyLong_FromLongLong(averaged + 1)));
+  if (PyDict_SetItem(attributes, averaged_.name(), count.get()) != 0) throw python_error();
+}
+
+double decay_of(PyObject* schedule, std::int64_t number_of_average) {
+  const Ref kept = Ref::borrow(schedule);
+  const Ref result =
+      Ref::steal(checked(PyObject_CallFunction(schedule, "L", (long long)number_of_average)));
+  const double decay = number(result.get());
+  TORCH_CHECK_VALUE(decay >= 0 && decay <= 1, "Invalid decay value ", decay,
+                    " provided. Please provide a value in [0,1] range.");
+  return decay;
+}
+
+}  // namespace fastsgd

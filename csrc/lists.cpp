@@ -1,0 +1,120 @@
+#include "lists.h"
+
+#include "cpu/engine.h"
+#include "lookahead.h"
+#include "modes.h"
+#include "plan.h"
+#include "pytensor.h"
+
+namespace fastsgd {
+namespace {
+
+// The storage type of a tensor whose memory says all about it, in whatever order; kStorages for any
+// other.
+int type_of(const c10::TensorImpl& tensor) {
+  int type = plain().type_of(tensor);
+  if (type == kStorages) {
+    if (!plain().is(tensor) || !tensor.is_non_overlapping_and_dense()) return kStorages;
+    const auto known = storage_type(tensor);
+    if (!known) return kStorages;
+    type = static_cast<int>(*known);
+  }
+  const std::int64_t end = (Fields::offset(tensor) + Fields::count(tensor)) * kItemSizes[type];
+  const auto held = static_cast<std::int64_t>(tensor.unsafe_storage().nbytes());
+  return held < end ? kStorages : type;
+}
+
+// Has `take` take each tensor of a list, or its gradient; returns the numbers of those that it does
+// not take.
+template <class Take>
+[[gnu::flatten]] Left each(PyObject* list, bool of_grads, Take take) {
+  Left left;
+  const bool directly = !any_mode();
+  constexpr auto kStage = static_cast<Py_ssize_t>(kAhead);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+    const Lookahead ahead(list, i);
+    ahead.fetch_object(5 * kStage);
+    ahead.fetch_param(4 * kStage);
+    if (of_grads) {
+      ahead.fetch_grad_slot(3 * kStage);
+      ahead.fetch_grad(2 * kStage);
+      ahead.fetch_grad_storage(kStage);
+      ahead.fetch_grad_memory(kStage / 2);
+    }
+    PyObject* object = PyList_GET_ITEM(list, i);
+    const at::Tensor* tensor = nullptr;
+    if (directly && exact_tensor(object)) {
+      tensor = of_grads ? grad_slot(*impl_of(object)) : &tensor_of(object);
+      if (of_grads && (tensor == nullptr || !tensor->defined())) continue;
+      PyObject* grad = object_of(*tensor->unsafeGetTensorImpl());
+      if (grad != nullptr && !exact_tensor(grad)) tensor = nullptr;
+    }
+    if (tensor == nullptr || !take(*tensor)) left.push_back(i);
+  }
+  return left;
+}
+
+}  // namespace
+
+NormOfAll norm_of_all(PyObject* list, bool of_grads, bool infinity) {
+  NormOfAll norm;
+  const Order order = infinity ? Order::kInfinity : Order::kTwo;
+  Measured measured{};
+  std::vector<Run> runs;  // those that are long enough to be shared among threads
+  std::vector<Span> spans;
+  norm.left = each(list, of_grads, [&](const at::Tensor& tensor) {
+    const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+    const int type = type_of(impl);
+    if (type == kStorages) return false;
+    norm.any_double |= type == static_cast<int>(Storage::kDouble);
+    ++norm.count;
+    char* elements = data_of(*impl.unsafe_storage().unsafeGetStorageImpl(), false) +
+                     Fields::offset(impl) * kItemSizes[type];
+    const std::int64_t count = Fields::count(impl);
+    if (count <= kPiece) {
+      measure_piece(measured, order, static_cast<Storage>(type), elements, count);
+      return true;
+    }
+    if (spans.empty() || spans.back().kernel != type) {
+      const auto first = static_cast<std::int64_t>(runs.size());
+      spans.push_back({type, nullptr, 0, kItemSizes[type], 2, -1, first, first});
+    }
+    Run& run = runs.emplace_back();
+    run.stream[kGrad] = elements;
+    run.count = count;
+    spans.back().end = static_cast<std::int64_t>(runs.size());
+    return true;
+  });
+  if (!runs.empty()) measured.add(measure(spans, runs.data(), order));
+  norm.value = norm_of(measured, order, 1, true);
+  return norm;
+}
+
+Left scale_all(PyObject* list, bool of_grads, double factor) {
+  Plan plan;
+  plan.begin();
+  Left left = each(list, of_grads, [&](const at::Tensor& tensor) {
+    return !tensor.requires_grad() && plan.add_single(tensor, kScale);
+  });
+  Around around;
+  around.clips = true;
+  around.factor = factor;
+  plan.run(around, true);
+  return left;
+}
+
+Left exchange_all(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) {
+  Plan plan;
+  plan.begin();
+  const bool directly = !any_mode();
+  Left left;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    if (!directly || a[i].dtype() != b[i].dtype() || !plan.add_exchange(a[i], b[i])) {
+      left.push_back(static_cast<std::int64_t>(i));
+    }
+  }
+  plan.run({}, true);
+  return left;
+}
+
+}  // namespace fastsgd

@@ -1,0 +1,57 @@
+// The total norm of a step's gradients, and the factor by which it clips them. Free of torch.
+#pragma once
+
+#include <cstdint>
+
+#include "exact_sum.h"
+#include "lane.h"
+
+namespace fastsgd {
+
+// Which norm: the root of the sum of squares, or the greatest magnitude.
+enum class Order : std::uint8_t { kTwo, kInfinity };
+
+// A gradient is measured in pieces of so many elements, counted from its first, whoever does it.
+inline constexpr std::int64_t kPiece = 8192;
+inline constexpr int kMeasureLanes = 16;  // whose sums are added up at the end, on any registers
+
+// What has been measured of some gradients.
+struct Measured {
+  ExactSum squares;
+  double greatest;      // magnitude; a NaN if any element is one
+  unsigned not_finite;  // some element is infinite or a NaN
+
+  FASTSGD_LANE void add(const Measured& other) {
+    squares.add(other.squares);
+    greatest = lane::max(greatest, other.greatest);
+    not_finite |= other.not_finite;
+  }
+};
+
+// Of one piece: the sum is high + low.
+struct PieceMeasured {
+  double high, low;  // by order infinity: the greatest magnitude, and 0
+  bool not_finite;
+};
+
+// min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ computes it in a tensor of
+// the norm's type: the reciprocal times max_norm. A NaN stays one.
+template <class T>
+FASTSGD_LANE T clip_factor_in(T norm, double max_norm) {
+  const T factor = (T{1} / (norm + static_cast<T>(1e-6))) * static_cast<T>(max_norm);
+  return factor > 1 ? T{1} : factor;
+}
+FASTSGD_LANE double clip_factor(double norm, bool is_double, double max_norm) {
+  return is_double ? clip_factor_in<double>(norm, max_norm)
+                   : clip_factor_in<float>(static_cast<float>(norm), max_norm);
+}
+
+// The norm of gradients that are still multiplied by a scale: the nearest number of the norm's type,
+// or next to it.
+FASTSGD_LANE double norm_of(Measured& measured, Order order, double scale, bool is_double) {
+  const double norm =
+      (order == Order::kTwo ? lane::sqrt(measured.squares.value()) : measured.greatest) / scale;
+  return is_double ? norm : static_cast<double>(static_cast<float>(norm));
+}
+
+}  // namespace fastsgd

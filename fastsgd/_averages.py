@@ -1,0 +1,175 @@
+"""Averages of parameters: those that torch's code has stepped, and averages in use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from fastsgd import _C
+from fastsgd._extras import WithExtras, refuse_inside_ema_weights
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def dtype_of_average(param: Tensor, ema_dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of a parameter's average: float32 for halves, if so asked."""
+    return torch.float32 if ema_dtype is not None and param.dtype in HALVES else param.dtype
+
+
+class WithAverages(WithExtras):
+    """Mixin that keeps averages in checkpoints, and puts them in the parameters' place."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's; the number of averages so far is the groups' key ``ema_steps``."""
+        refuse_inside_ema_weights(self, "state_dict()")
+        state_dict = super().state_dict()
+        if steps := self.__dict__.get("_ema_steps"):
+            for group in state_dict["param_groups"]:
+                group["ema_steps"] = steps
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of torch's or of ours."""
+        refuse_inside_ema_weights(self, "load_state_dict()")
+        loaded: dict[str, Any] = {}
+        # The last of the hooks, and so it sees what is loaded in the end.
+        hook = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        steps = [group.pop("ema_steps") for group in self.param_groups if "ema_steps" in group]
+        averages = [state["ema"] for state in self.state.values() if "ema" in state]
+        self.__dict__["_ema_steps"] = max([*steps, 1 if averages else 0])
+        if averages and self.ema_dtype is not None:
+            self._load_wide_averages(loaded)
+
+    def _load_wide_averages(self, loaded: dict[str, Any]) -> None:
+        """Take float32 averages of halves as they are saved, and not in the parameter's dtype."""
+        ids = [i for group in loaded["param_groups"] for i in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for i, param in zip(ids, params, strict=True):
+            saved = loaded["state"].get(i, {}).get("ema")
+            if saved is not None:
+                dtype = dtype_of_average(param, self.ema_dtype)
+                self.state[param]["ema"] = saved.to(device=param.device, dtype=dtype)
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Have the parameters hold their averages within a ``with`` block.
+
+        What parameters and averages hold is exchanged in place, and exchanged back at the end of
+        the block, also if it raises, bit for bit; no copy is made. (float32 averages of halves are
+        rounded; there the parameters' own values are copied for as long.) Parameters that have no
+        average, as they never had a gradient, are their own.
+
+        Raises:
+            RuntimeError: Without ``ema_decay``, before the first step, or inside another such
+                block; and inside this one by ``step()`` and whatever would save the averages for
+                parameters: ``state_dict()``, ``load_state_dict()``, ``add_param_group()``, copies.
+
+        Example:
+            >>> with optimizer.ema_weights():
+            ...     validate(model)
+        """
+        if self.ema_decay is None:
+            raise RuntimeError("ema_weights() needs averages: make the optimizer with ema_decay.")
+        refuse_inside_ema_weights(self, "ema_weights()")
+        if not self.__dict__.get("_ema_steps"):
+            raise RuntimeError("ema_weights() before the first step: there are no averages yet.")
+        params = [param for param in self.state if "ema" in self.state[param]]
+        averages = [self.state[param]["ema"] for param in params]
+        with torch.no_grad():
+            kept = _exchange(params, averages)
+        extras = self.__dict__["_extras"]
+        extras["swapped"] = True
+        try:
+            yield
+        finally:
+            del extras["swapped"]
+            with torch.no_grad():
+                _exchange_back(params, averages, kept)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return torch's, with what is asked for besides torch's step."""
+        refuse_inside_ema_weights(self, "copying or pickling")
+        state = super().__getstate__()
+        own = {key: self.__dict__[key] for key in ("_extras", "_ema_steps") if key in self.__dict__}
+        return {**state, **own}
+
+
+Kept = dict[int, Tensor]
+
+
+def _exchange(params: list[Tensor], averages: list[Tensor]) -> Kept:
+    """Exchange contents; return copies of the parameters whose dtype is another."""
+    for param, average in zip(params, averages, strict=True):
+        if param.shape != average.shape:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} has a state 'ema' of shape "
+                f"{tuple(average.shape)}. Was the parameter's data swapped?"
+            )
+    here, there = [_local(param) for param in params], [_local(average) for average in averages]
+    kept: Kept = {}
+    for i in _C.exchange(here, there):
+        was = here[i].detach().clone()
+        here[i].copy_(there[i])
+        if here[i].dtype == there[i].dtype:
+            there[i].copy_(was)
+        else:
+            kept[i] = was
+    return kept
+
+
+def _exchange_back(params: list[Tensor], averages: list[Tensor], kept: Kept) -> None:
+    rest = [i for i in range(len(params)) if i not in kept]
+    _exchange([params[i] for i in rest], [averages[i] for i in rest])
+    for i, was in kept.items():
+        _local(params[i]).copy_(was)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return the shard of a distributed tensor that is here; another is its own."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
+
+
+class Average:
+    """The averaging of one step, for parameters that torch's code steps."""
+
+    def __init__(self, optimizer: Optimizer, decay: float, starts: bool, wide: Any) -> None:
+        """Keep what the step has found out."""
+        self.optimizer = optimizer
+        self.decay = decay
+        self.starts = starts
+        self.wide = wide
+
+    def begin(self, params: list[Tensor]) -> None:
+        """Before the step: one that starts late starts as it is now."""
+        self.before = {
+            param: self._copy(param)
+            for param in params
+            if param.grad is not None and "ema" not in self.optimizer.state.get(param, {})
+        }
+
+    @torch.no_grad()
+    def end(self, params: list[Tensor]) -> None:
+        """After the step."""
+        for param in params:
+            state = self.optimizer.state.get(param, {})
+            if param in self.before:
+                state = self.optimizer.state[param]
+                state["ema"] = self.before[param]
+            if "ema" not in state:
+                continue
+            if self.starts:
+                state["ema"].copy_(param)
+            else:
+                state["ema"].lerp_(param.detach().to(state["ema"].dtype), 1 - self.decay)
+
+    def _copy(self, param: Tensor) -> Tensor:
+        return param.detach().to(dtype_of_average(param, self.wide), copy=True)

@@ -1,0 +1,171 @@
+"""What fastsgd's optimizers do in a step besides torch's: its options, checked.
+
+They belong to an optimizer and not to a group, as a norm is that of all groups' gradients. They are
+kept in the optimizer's attribute ``_extras``, a dict, which is there only if any was ever asked for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer
+
+Values = dict[str, Any]
+
+
+def _number(name: str, value: Any, allows_inf: bool = True) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    if not 0 <= value or (math.isinf(value) and not allows_inf):
+        raise ValueError(f"Invalid {name}: {value}. It must be a number, and at least 0.")
+    return float(value)
+
+
+def _optional_number(name: str, value: Any) -> float | None:
+    return None if value is None else _number(name, value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+    return value
+
+
+def _norm_type(name: str, value: Any) -> float:
+    if value in (2, math.inf, "inf"):
+        return float(value)
+    raise ValueError(f"Invalid {name}: {value!r}. A step clips by the norm of order 2 or inf.")
+
+
+def checked_decay(value: Any) -> float:
+    """Return the decay of an average as a float, in torch's words if it is none."""
+    if not isinstance(value, bool) and isinstance(value, (int, float)):
+        if 0 <= value <= 1:
+            return float(value)
+        raise ValueError(
+            f"Invalid decay value {value} provided. Please provide a value in [0,1] range."
+        )
+    raise TypeError(f"ema_decay must be a number or a callable, not {type(value).__name__}")
+
+
+def _decay(name: str, value: Any) -> Any:
+    return value if value is None or callable(value) else checked_decay(value)
+
+
+def _dtype(name: str, value: Any) -> torch.dtype | None:
+    if value is None or value is torch.float32:
+        return value  # type: ignore[no-any-return]
+    raise ValueError(f"Invalid {name}: {value!r}. It is None (the parameter's) or torch.float32.")
+
+
+def _clear(name: str, value: Any) -> bool | str:
+    if value is True or value is False or value == "zero":
+        return value  # type: ignore[no-any-return]
+    raise ValueError(f"Invalid {name}: {value!r}. It is False, True (to None) or 'zero'.")
+
+
+class Extra:
+    """An option of an optimizer, read and set as an attribute; setting it checks it first."""
+
+    def __init__(self, default: Any, check: Callable[[str, Any], Any], doc: str) -> None:
+        """Keep what is said of it."""
+        self.default = default
+        self.check = check
+        self.__doc__ = doc
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        """Enter it into the list of all."""
+        self.name = name
+        EXTRAS[name] = self
+
+    def __get__(self, optimizer: Optimizer | None, owner: type) -> Any:
+        """Return its value; of the class, itself."""
+        if optimizer is None:
+            return self
+        return optimizer.__dict__.get("_extras", {}).get(self.name, self.default)
+
+    def __set__(self, optimizer: Optimizer, value: Any) -> None:
+        """Set it, if it is valid together with the others."""
+        value = self.check(self.name, value)
+        extras: Values = optimizer.__dict__.get("_extras", {})
+        changed = {**extras, self.name: value}
+        if changed.get("skip_nonfinite") and changed.get("error_if_nonfinite"):
+            raise ValueError(
+                "skip_nonfinite and error_if_nonfinite cannot both be True: a step with gradients "
+                "that are not finite is either skipped or an error."
+            )
+        if value != self.default and optimizer.defaults.get("differentiable"):
+            raise ValueError(f"{self.name} cannot be had with differentiable=True.")
+        if value != self.default or extras:
+            extras[self.name] = value
+            optimizer.__dict__["_extras"] = extras
+
+
+# By name, in the order in which the constructors take them.
+EXTRAS: dict[str, Extra] = {}
+
+
+class WithExtras(Optimizer):
+    """Mixin with the options, that passes what torch's class takes on to it."""
+
+    max_grad_norm = Extra(
+        None,
+        _optional_number,
+        "Norm to which all gradients together are scaled down, as by clip_grad_norm_; or None.",
+    )
+    norm_type = Extra(2.0, _norm_type, "Order of the norm: 2 or inf.")
+    error_if_nonfinite = Extra(False, _flag, "Raise where the norm is not finite.")
+    clip_grad_value = Extra(
+        None, _optional_number, "Greatest magnitude of an element of a gradient, or None."
+    )
+    skip_nonfinite = Extra(False, _flag, "Skip a step with gradients that are not finite.")
+    ema_decay = Extra(
+        None, _decay, "Decay of an average of each parameter, a schedule of it, or None."
+    )
+    ema_dtype = Extra(
+        None, _dtype, "None for the parameter's dtype, torch.float32 for at least that."
+    )
+    clear_grads = Extra(
+        False, _clear, "Clear the gradients after a step: True to None, 'zero' to zero."
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make torch's optimizer, and set what is not its."""
+        extras = {name: kwargs.pop(name) for name in EXTRAS if name in kwargs}
+        super().__init__(*args, **kwargs)
+        for name, value in extras.items():
+            setattr(self, name, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as torch does; one that has an option which no group can have is refused."""
+        refuse_inside_ema_weights(self, "add_param_group()")
+        for name in EXTRAS:
+            if isinstance(param_group, dict) and name in param_group:
+                raise ValueError(
+                    f"{name} belongs to the optimizer and not to a group: pass it to the "
+                    f"constructor, or set optimizer.{name}."
+                )
+        super().add_param_group(param_group)
+
+
+def signature_with_extras(stock_init: Callable[..., None]) -> inspect.Signature:
+    """Return the signature of torch's constructor with the options added, keyword-only."""
+    stock = inspect.signature(stock_init)
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=extra.default)
+        for name, extra in EXTRAS.items()
+    ]
+    return stock.replace(parameters=[*stock.parameters.values(), *added])
+
+
+def refuse_inside_ema_weights(optimizer: Optimizer, what: str) -> None:
+    """Raise where the parameters hold their averages just now."""
+    if "swapped" in optimizer.__dict__.get("_extras", ()):
+        raise RuntimeError(
+            f"{what} inside ema_weights(): the parameters hold their averages, and their own values "
+            "are in the optimizer's state. Leave the block first."
+        )

@@ -1,0 +1,165 @@
+"""The total norm of gradients, wherever and however they are kept, and ``clip_grad_norm_``."""
+
+from __future__ import annotations
+
+import math
+import types
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsgd import _C
+
+
+def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    """Return the norm of order 2 or inf of all tensors together, in float64.
+
+    Args:
+        tensors: Of any class, dtype, layout and device; of distributed ones the shards of all
+            processes count.
+        norm_type: 2 or inf.
+
+    Returns:
+        A tensor without dimensions on the first one's device.
+    """
+    if not tensors:
+        return torch.tensor(0.0, dtype=torch.float64)
+    norm, count, _, left = _C.norm_of(list(tensors), False, math.isinf(norm_type))
+    parts = [torch.tensor(norm, dtype=torch.float64)] if count else []
+    shards: dict[Any, list[Tensor]] = {}
+    for tensor in (tensors[i].detach() for i in left):
+        mesh = getattr(tensor, "device_mesh", None)
+        if mesh is None:
+            parts.append(_norm(tensor, norm_type))
+            continue
+        if any(placement.is_partial() for placement in tensor.placements):
+            tensor = tensor.redistribute(  # type: ignore[attr-defined]
+                placements=[
+                    torch.distributed.tensor.Replicate() if placement.is_partial() else placement
+                    for placement in tensor.placements
+                ]
+            )
+        dims = tuple(i for i, placement in enumerate(tensor.placements) if placement.is_shard())
+        shards.setdefault((mesh, dims), []).append(tensor.to_local())
+    for (mesh, dims), locals_here in shards.items():
+        parts.append(_norm_over_mesh(total_norm(locals_here, norm_type), norm_type, mesh, dims))
+    return _joined([part.to(_device_of(tensors[0])) for part in parts], norm_type)
+
+
+def _device_of(tensor: Tensor) -> torch.device:
+    return torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+
+
+def _joined(parts: list[Tensor], norm_type: float) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.linalg.vector_norm(torch.stack(parts), norm_type)
+
+
+def _norm(tensor: Tensor, norm_type: float) -> Tensor:
+    if tensor.is_sparse:
+        tensor = tensor.coalesce().values()
+    if tensor.is_complex():
+        tensor = tensor.abs()
+    if tensor.numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=tensor.device)
+    return torch.linalg.vector_norm(tensor, norm_type, dtype=torch.float64)
+
+
+def _norm_over_mesh(norm: Tensor, norm_type: float, mesh: Any, dims: tuple[int, ...]) -> Tensor:
+    """Join the norms of the shards that the processes along some dimensions of a mesh hold."""
+    over_all = norm if math.isinf(norm_type) else norm.square()
+    over_all = over_all.to(mesh.device_type)
+    join = torch.distributed.ReduceOp.MAX if math.isinf(norm_type) else torch.distributed.ReduceOp.SUM
+    for dim in dims:
+        torch.distributed.all_reduce(over_all, join, group=mesh.get_group(dim))
+    return over_all if math.isinf(norm_type) else over_all.sqrt()
+
+
+def norm_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """Return the dtype of a norm: float64 where any tensor is, else float32, for halves too."""
+    doubles = (torch.float64, torch.complex128)
+    return torch.float64 if any(t.dtype in doubles for t in tensors) else torch.float32
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """Return what gradients of a norm are multiplied by, as torch computes it."""
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+
+
+def raise_if_nonfinite(norm: Tensor, norm_type: float) -> None:
+    """Raise torch's error where a norm is an infinity or a NaN."""
+    if not torch.isfinite(norm):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, "
+            "so it cannot be clipped. To disable this error and scale the gradients by the "
+            "non-finite norm anyway, set `error_if_nonfinite=False`"
+        )
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    r"""Scale gradients in place so that their norm is at most ``max_norm``.
+
+    :func:`torch.nn.utils.clip_grad_norm_` in one call, for loops that clip by themselves. Each
+    gradient is multiplied by :math:`\min(1, \text{max\_norm} / (\text{norm} + 10^{-6}))`. Optimizers
+    of fastsgd do the same within their step (``max_grad_norm``), without writing the gradients.
+
+    Args:
+        parameters: The tensors whose gradients are clipped, or one.
+        max_norm: Greatest norm of all gradients together.
+        norm_type: Order of the norm. Other orders than 2 and inf are left to torch.
+        error_if_nonfinite: Raise if the norm is an infinity or a NaN, before anything is written.
+        foreach: Accepted as by torch; every value means the same.
+
+    Returns:
+        The norm before clipping, a tensor without dimensions on the first gradient's device:
+        float64 if any gradient is, else float32, for gradients of 16 bits too, whose own dtype
+        holds a norm badly. It is the nearest number to the exact norm, or next to it, and the same
+        for any number of threads and any order of the parameters.
+
+    Raises:
+        RuntimeError: If the norm is not finite and ``error_if_nonfinite`` is set.
+
+    Source: :func:`torch.nn.utils.clip_grad_norm_`.
+    """
+    norm_type = float(norm_type)
+    max_norm = float(max_norm)
+    if norm_type not in (2.0, math.inf):
+        return torch.nn.utils.clip_grad_norm_(
+            parameters, max_norm, norm_type, error_if_nonfinite, foreach
+        )
+    generator = isinstance(parameters, types.GeneratorType)
+    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if generator and not params:
+        warnings.warn(
+            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3
+        )
+    value, count, any_double, left = _C.norm_of(params, True, math.isinf(norm_type))
+    others = [grad for i in left if (grad := params[i].grad) is not None]
+    if others:
+        grads = [param.grad for param in params if param.grad is not None]
+        norm = total_norm(grads, norm_type).to(norm_dtype(grads))
+    else:
+        norm = torch.tensor(value, dtype=torch.float64 if any_double else torch.float32)
+    if error_if_nonfinite:
+        raise_if_nonfinite(norm, norm_type)
+    factor = clip_factor(norm, max_norm)
+    if count:
+        number = factor.item()
+        if number != 1:
+            for i in _C.scale(params, True, number):
+                if i not in left:
+                    params[i].grad.mul_(number)  # type: ignore[union-attr]
+    for grad in others:
+        grad.mul_(factor.to(grad.device))
+    return norm
