@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -52,6 +53,16 @@ class Place:
         return Parameter(there)
 
 
+@contextmanager
+def emulated() -> Iterator[None]:
+    """Let the host do what a device would, to CPU tensors."""
+    _C.emulate_device(True)
+    try:
+        yield
+    finally:
+        _C.emulate_device(False)
+
+
 class Host(Place):
     """The host, over CPU tensors: it runs the tables and the code that a device would get."""
 
@@ -60,19 +71,13 @@ class Host(Place):
 
     def step(self, optimizer: Optimizer) -> None:
         """Step as a device would."""
-        _C.emulate_device(True)
-        try:
+        with emulated():
             super().step(optimizer)
-        finally:
-            _C.emulate_device(False)
 
     def zero_grad(self, optimizer: Optimizer) -> None:
         """Fill with zeros as a device would."""
-        _C.emulate_device(True)
-        try:
+        with emulated():
             super().zero_grad(optimizer)
-        finally:
-            _C.emulate_device(False)
 
     def param(self, p: Tensor) -> Tensor:
         """Return it: it is there."""

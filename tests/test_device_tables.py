@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import places
 import pytest
 from cases import Row
 from test_layouts import *  # noqa: F403
@@ -33,6 +34,5 @@ def emulated(settings: None, request: pytest.FixtureRequest) -> Iterator[None]:
         "own_options" in name and tensor_betas(request.node.callspec.params["row"])
     ):
         pytest.skip("torch's power of a float32 tensor is a unit off now and then")
-    _C.emulate_device(True)
-    yield
-    _C.emulate_device(False)
+    with places.emulated():
+        yield
