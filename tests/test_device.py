@@ -117,22 +117,15 @@ def test_layouts(row: Row, place: Place, layout: Layout) -> None:
 
 def test_more_layouts_than_16_bits_count(row: Row, place: Place) -> None:
     """Tensors that do not lie flat, each a little: every one has a layout of its own."""
-
-    def build() -> list[Tensor]:
-        many = torch.randn(2**15 + 10, 3, 4)
-        return [Parameter(part[:, :3] if i % 2 else part[:, 1:]) for i, part in enumerate(many)]
-
-    there, here = place.bring([Parameter(torch.randn(2**15 + 10, 3, 4))]), build()
-    many = there[0].detach()
-    views = [Parameter(part[:, :3] if i % 2 else part[:, 1:]) for i, part in enumerate(many)]
-    pair = row.ours(views, **row.plain), row.ours(here, **row.plain)
-    for p, q in zip(views, here, strict=True):
-        with torch.no_grad():
-            p.copy_(q)
-        q.grad = q.detach().clone()
+    many = torch.randn(2**15 + 10, 3, 4)
+    there, here = (
+        [Parameter(part[:, :3] if i % 2 else part[:, 1:]) for i, part in enumerate(side)]
+        for side in (place.param(many.clone()).detach(), many)
+    )
+    for p in (*there, *here):
         p.grad = p.detach().clone()
-    step_both(place, pair)
-    assert_equal(torch.stack(views).detach().cpu(), torch.stack(here).detach())
+    step_both(place, (row.ours(there, **row.plain), row.ours(here, **row.plain)))
+    assert_equal(torch.stack(there).detach().cpu(), torch.stack(here).detach())
 
 
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
