@@ -11,10 +11,12 @@ import re
 import shlex
 import shutil
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from setuptools.errors import CompileError
+
+from build_support.compilers import first_error
 
 KERNELS = "csrc/cuda/kernels.cu"
 
@@ -59,7 +61,7 @@ class Toolkit:
     release: str
     libraries: str
     runtime: str
-    architectures: list[str] = field(default_factory=list)
+    architectures: list[str]
 
     @property
     def include(self) -> str:
@@ -113,7 +115,7 @@ def _fitting_toolkit() -> Toolkit:
         raise NoToolkit("torch was a CPU build", "install a torch with CUDA")
     major = release.partition(".")[0]
     cure = f"install the toolkit of CUDA {major} (its folder goes in CUDA_HOME)"
-    nvcc = _find_nvcc()
+    nvcc = find_nvcc()
     if nvcc is None:
         raise NoToolkit("there was no nvcc", cure)
     text = _ask(nvcc, "--version")
@@ -122,12 +124,13 @@ def _fitting_toolkit() -> Toolkit:
         raise NoToolkit(f"{nvcc} did not tell its release", cure)
     if found[1] != major:
         raise NoToolkit(f"nvcc was of CUDA {found[1]}{found[2]} and torch of {release}", cure)
-    home = _home_of(nvcc)
+    home = home_of(nvcc)
     libraries, runtime = _find_runtime(home, major)
     return Toolkit(home, found[1] + found[2], libraries, runtime, _architectures(nvcc))
 
 
-def _find_nvcc() -> str | None:
+def find_nvcc() -> str | None:
+    """Return nvcc's path: torch's choice where a variable names a toolkit, else the usual ones."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     named = [home for home in homes if home]
     if named:  # as torch does it: nothing else is looked at
@@ -135,7 +138,7 @@ def _find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def _home_of(nvcc: str) -> str:
+def home_of(nvcc: str) -> str:
     """Return the folder of the toolkit; an nvcc on the path may be a script that calls its own."""
     told = re.search(r"^#\$ TOP=(.+)$", _ask(nvcc, "--dryrun", "any.cu"), flags=re.M)
     top = told[1].strip() if told else os.path.dirname(os.path.dirname(os.path.realpath(nvcc)))
@@ -180,8 +183,7 @@ def _try(toolkit: Toolkit, compiler: str, folder: str) -> None:
     command = [nvcc, "-std=c++20", *host_compiler(compiler), "-c", source, "-o", f"{source}.o"]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
-        lines = (result.stderr + result.stdout).splitlines()
-        why = next((line for line in lines if "error" in line), "it failed").strip()
+        why = first_error(result.stderr + result.stdout) or "it failed"
         raise NoToolkit(
             f"nvcc {toolkit.release} could not compile beside {compiler} ({why})",
             "name a compiler that it takes in CXX",

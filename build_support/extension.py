@@ -19,6 +19,7 @@ from setuptools.errors import CompileError, PlatformError
 from torch.utils import cpp_extension
 
 from build_support import cuda
+from build_support.compilers import first_error
 
 KERNELS = "csrc/cpu/kernels.cpp"
 
@@ -160,11 +161,11 @@ def try_compiler(compiler: str, folder: str) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode == 0:
         return
-    why = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr)
+    why = first_error(result.stderr) or result.stderr.strip() or "it fails"
     cure = "use a newer GCC or Clang"
     if "Python.h" in why:
         cure = "install Python's headers (on Debian or Ubuntu: apt install python3-dev)"
-    raise CompileError(f"{compiler} cannot compile fastsgd ({why.strip() or 'it fails'}): {cure}.")
+    raise CompileError(f"{compiler} cannot compile fastsgd ({why}): {cure}.")
 
 
 def ask_version(compiler: str) -> str:
