@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 import fastsgd
 from fastsgd.bench.check import CHECK_LR, CHECK_STEPS, make_steps, wrong_elements
-from fastsgd.bench.contestants import parameters_of, set_options
+from fastsgd.bench.contestants import Inputs, parameters_of, set_options
 from fastsgd.bench.measure import Spread, undisturbed
 from fastsgd.bench.rules import RULES, Mode, Rule
 from fastsgd.bench.shapes import SHAPES, Shape
@@ -70,6 +70,10 @@ class Line:
     figures: dict[str, float] = field(default_factory=dict)
     spreads: dict[str, Spread] = field(default_factory=dict)
     bars: list[tuple[Bar, bool]] = field(default_factory=list)
+
+    def judge(self, bars: list[Bar]) -> None:
+        """Keep the bars, each with whether it is met."""
+        self.bars = [(bar, bar.met(self.figures.get(bar.figure, 0.0))) for bar in bars]
 
 
 BARS: list[tuple[str, str, list[Bar]]] = [
@@ -134,10 +138,9 @@ def values(shape: Shape, device: torch.device, seed: int) -> list[Tensor]:
 
 def optimizer_of(shape: Shape, mode: Mode, rule: Rule, device: torch.device) -> Optimizer:
     """An optimizer over random parameters, each with a gradient, after the checked steps."""
-    params = [torch.nn.Parameter(p) for p in values(shape, device, 1)]
-    for p, g in zip(params, values(shape, device, 2), strict=True):
-        p.grad = g
-    optimizer = mode.optimizer(params, lr=CHECK_LR, **{**rule.options, **mode.options})
+    inputs = Inputs(shape, values(shape, device, 1), values(shape, device, 2))
+    optimizer = inputs.optimizer(mode, rule, CHECK_LR)
+    del inputs  # it has as much memory again, where the states are to go
     for _ in range(CHECK_STEPS):
         optimizer.step()
     return optimizer
@@ -241,16 +244,13 @@ def lines(timer: Timer, shapes: list[str] | None) -> Iterator[Line]:
     """Every line, with its bars."""
     if shapes is None:
         line = launches(timer.device)
-        line.bars = [
-            (bar, bar.met(line.figures.get(bar.figure, 0.0)))
-            for bar in (Bar("launches", 2), Bar("copies", 2), Bar("waits", 0))
-        ]
+        line.judge([Bar("launches", 2), Bar("copies", 2), Bar("waits", 0)])
         yield line
     for name, rule, bars in BARS:
         if shapes is not None and name not in shapes:
             continue
         line = line_of((SHAPES | MORE_SHAPES)[name], RULES[rule], timer)
-        line.bars = [(bar, bar.met(line.figures.get(bar.figure, 0.0))) for bar in bars]
+        line.judge(bars)
         yield line
         if timer.device.type == "cuda":
             torch.cuda.empty_cache()
