@@ -6,6 +6,7 @@ run, and the benchmark. What each came to is printed and written to a dated file
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # These wait for other processes, or install things: they are for a machine that is built on.
 LEFT_OUT = {"test_install.py", "test_demo.py", "test_bench.py"}
+NOT_COLLECTED = 2  # pytest's: the file could not be imported, and none of its tests ran
 NOTHING_TO_RUN = 5  # pytest's: the whole file is skipped
+TIMED_OUT = 124  # the command `timeout`'s
 # Every kernel, over little memory: what a sanitizer can bear.
 SHORT_RUN = """
 import torch, fastsgd
@@ -46,8 +49,8 @@ torch.cuda.synchronize()
 """
 
 
-def run(*command: Any, timeout: float = 600, **variables: str) -> tuple[bool, str]:
-    """Run a command in the clone; whether it ended well, and the end of what it said."""
+def run(*command: Any, timeout: float = 600, **variables: str) -> tuple[int, str]:
+    """Run a command in the clone; its exit status, and the end of what it said."""
     try:
         done = subprocess.run(
             [str(word) for word in command],
@@ -60,8 +63,8 @@ def run(*command: Any, timeout: float = 600, **variables: str) -> tuple[bool, st
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return False, f"not done after {timeout:.0f} s"
-    return done.returncode in (0, NOTHING_TO_RUN), done.stdout[-3000:]
+        return TIMED_OUT, f"not done after {timeout:.0f} s"
+    return done.returncode, done.stdout[-3000:]
 
 
 def tests() -> dict[str, str]:
@@ -81,11 +84,12 @@ def tests() -> dict[str, str]:
             path,
         ]
         marks = ["-m", ""] if path.name == "test_cuda.py" else []
-        well, text = run(*command, *marks)
-        if "ModuleNotFoundError" in text:
-            return path.name, "left out: " + text[text.index("ModuleNotFoundError") :].split("\n")[
-                0
-            ]
+        status, text = run(*command, *marks)
+        # A test that lacks a module has failed; a file that cannot be imported for it is left out.
+        missing = re.search(r"^E +(ModuleNotFoundError: .*)", text, flags=re.M)
+        if status == NOT_COLLECTED and missing:
+            return path.name, f"left out: {missing[1]}"
+        well = status in (0, NOTHING_TO_RUN)
         if not well:
             print(f"--- {path.name}\n{text}", flush=True)
         return path.name, ("" if well else "FAILED: ") + text.strip().splitlines()[-1]
@@ -106,8 +110,8 @@ def sanitizers() -> dict[str, str]:
     for tool in ("memcheck", "racecheck"):
         command = [found, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SHORT_RUN]
         # Each tensor in memory of its own, or what lies beside it is the allocator's too.
-        well, text = run(*command, timeout=180, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        outcomes[tool] = ("" if well else "FAILED: ") + text.strip().splitlines()[-1]
+        status, text = run(*command, timeout=180, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        outcomes[tool] = ("" if status == 0 else "FAILED: ") + text.strip().splitlines()[-1]
     return outcomes
 
 
@@ -120,7 +124,8 @@ def main() -> int:
     path = RESULTS / f"{time.strftime('%Y-%m-%d')}-cuda.json"
     path.unlink(missing_ok=True)
     # Times first, and alone: what runs beside them would be in them.
-    well, text = run(sys.executable, "benchmarks/cuda.py", "--json", path)
+    status, text = run(sys.executable, "benchmarks/cuda.py", "--json", path)
+    well = status == 0
     print(text, flush=True)
     facts = json.loads(path.read_text()) if path.exists() else {}
     facts |= {"info": info.facts(), "bars_met": well, "tests": tests(), "sanitizers": sanitizers()}
