@@ -193,8 +193,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("grad_norm", &fastsgd::grad_norm,
              "The total norm of the gradients at an optimizer's last step; None before.");
   module.def("skipped_steps", &fastsgd::skipped_steps, "How many steps an optimizer has skipped.");
-  module.def("note", &fastsgd::note,
-             "Note the norm that Python has found for an optimizer, and whether it skips the step.");
+  module.def(
+      "note", &fastsgd::note,
+      "Note the norm that Python has found for an optimizer, and whether it skips the step.");
   module.def(
       "norm_of",
       [](const py::list& tensors, bool of_grads, bool infinity) {

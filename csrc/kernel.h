@@ -26,8 +26,8 @@ struct Run {
   std::uint32_t traits;  // a note of whoever made it; no kernel reads it
 };
 
-// Updates `runs` runs whose elements are stored alike and whose scalars are the same. The average of
-// a parameter, if there is one, is the stream after its states.
+// Updates `runs` runs whose elements are stored alike and whose scalars are the same. The average
+// of a parameter, if there is one, is the stream after its states.
 using Kernel = void (*)(const Row& row, const Around& around, const Run* run, std::int64_t runs);
 // Measures at most kPiece elements.
 using Measure = PieceMeasured (*)(const char* elements, std::int64_t count);
@@ -37,8 +37,8 @@ inline constexpr int kNoKernel = -2;
 inline constexpr int kZero = -1;  // sets the first stream to zero, for elements of one byte
 inline constexpr int kKernels = Rules::kSize * kMaxStructures * kStorages;
 inline constexpr int kAverage = kKernels;  // the first stream is an average, of the second
-inline constexpr int kScale = kAverage + kStorages;     // the first stream is multiplied
-inline constexpr int kExchange = kScale + kStorages;    // the first two change places
+inline constexpr int kScale = kAverage + kStorages;   // the first stream is multiplied
+inline constexpr int kExchange = kScale + kStorages;  // the first two change places
 inline constexpr int kAllKernels = kExchange + kStorages;
 constexpr int first_kernel(int rule, int structure) {  // that for the first storage type
   return (rule * kMaxStructures + structure) * kStorages;

@@ -15,16 +15,39 @@ enum class Order : std::uint8_t { kTwo, kInfinity };
 inline constexpr std::int64_t kPiece = 8192;
 inline constexpr int kMeasureLanes = 16;  // whose sums are added up at the end, on any registers
 
+// Squares of doubles may be too large or too small for doubles. Such pieces are measured once more,
+// scaled by a power of 2.
+enum class Scaled : std::uint8_t { kNot, kDown, kUp };
+inline constexpr double kScaledDown = 0x1p-600, kScaledUp = 0x1p600;
+// Below this a sum of squares may have lost digits of them.
+inline constexpr double kSmallSquares = 0x1p-900;
+
 // What has been measured of some gradients.
 struct Measured {
-  ExactSum squares;
+  ExactSum squares, scaled_down, scaled_up;
   double greatest;      // magnitude; a NaN if any element is one
   unsigned not_finite;  // some element is infinite or a NaN
 
   FASTSGD_LANE void add(const Measured& other) {
     squares.add(other.squares);
+    scaled_down.add(other.scaled_down);
+    scaled_up.add(other.scaled_up);
     greatest = lane::max(greatest, other.greatest);
     not_finite |= other.not_finite;
+  }
+  FASTSGD_LANE ExactSum& sum(Scaled scaled) {
+    return scaled == Scaled::kNot ? squares : scaled == Scaled::kDown ? scaled_down : scaled_up;
+  }
+  // The root of the sum of squares.
+  FASTSGD_LANE double root() {
+    const double sum = squares.value(), large = scaled_down.value(), small = scaled_up.value();
+    if (large > 0) {
+      return lane::sqrt(large + sum * kScaledDown * kScaledDown) / kScaledDown;
+    }
+    if (sum < kSmallSquares) {
+      return lane::sqrt(small + sum * kScaledUp * kScaledUp) / kScaledUp;
+    }
+    return lane::sqrt(sum + small / kScaledUp / kScaledUp);
   }
 };
 
@@ -32,6 +55,7 @@ struct Measured {
 struct PieceMeasured {
   double high, low;  // by order infinity: the greatest magnitude, and 0
   bool not_finite;
+  Scaled scaled;
 };
 
 // min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ computes it in a tensor of
@@ -46,11 +70,10 @@ FASTSGD_LANE double clip_factor(double norm, bool is_double, double max_norm) {
                    : clip_factor_in<float>(static_cast<float>(norm), max_norm);
 }
 
-// The norm of gradients that are still multiplied by a scale: the nearest number of the norm's type,
-// or next to it.
+// The norm of gradients that are still multiplied by a scale: the nearest number of the norm's
+// type, or next to it.
 FASTSGD_LANE double norm_of(Measured& measured, Order order, double scale, bool is_double) {
-  const double norm =
-      (order == Order::kTwo ? lane::sqrt(measured.squares.value()) : measured.greatest) / scale;
+  const double norm = (order == Order::kTwo ? measured.root() : measured.greatest) / scale;
   return is_double ? norm : static_cast<double>(static_cast<float>(norm));
 }
 

@@ -75,8 +75,9 @@ bool Walker::plan_groups(PyObject* groups) {
 // Walks until nothing is left to ask: no Python code runs within a walk, but between two of them.
 // What the last walk still asks about it has left to stock.
 bool Walker::plan_all(PyObject* groups, PyObject* state) {
-  // One that meets a stranger, one that wants its states, one that meets specs; the fourth steps.
-  constexpr int kWalks = 4;
+  // One that meets a stranger, one that wants its states, one that meets specs, one that meets a
+  // gradient that is not to be zeroed in the pass; the fifth steps.
+  constexpr int kWalks = 5;
   strangers_.begin_step();
   for (int walk = 0; walk < kWalks; ++walk) {
     if (strangers_.asks()) strangers_.answer(groups);
@@ -87,6 +88,7 @@ bool Walker::plan_all(PyObject* groups, PyObject* state) {
     made_.clear();
     in_graphs_.clear();
     has_shards_ = false;
+    walks_again_ = false;
     average_row_ = -1;
     strangers_.begin_walk();
     options_.begin();
@@ -94,7 +96,7 @@ bool Walker::plan_all(PyObject* groups, PyObject* state) {
     plan_.begin();
     for (const auto& work : devices_.all()) work->begin();
     if (!plan_groups(groups)) return false;
-    if (!strangers_.asks() && !shards_.asks()) break;
+    if (!strangers_.asks() && !shards_.asks() && !walks_again_) break;
   }
   return true;
 }
@@ -134,19 +136,16 @@ Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defau
   }
   if (states_.creates_twice()) return Way::kStock;
   if (hidden_ || (!left_.empty() && plan_.meets(left_))) return Way::kStock;
-  int places = plan_.empty() ? 0 : 1;
   for (const auto& work : devices_.all()) {
     if (work->plan.empty()) continue;
-    ++places;
-    if (extras_->any) return Way::kStock;
     // A device has no order, and reads the scaler's values where it can reach them.
     work->plan.note_scalars(options_.tensors());
     if (work->plan.ordered() || (!left_.empty() && work->plan.meets(left_))) return Way::kStock;
     if (scaling_.there_is_any() && scaling_.device != work->device().tensors()) return Way::kStock;
   }
   if (scaling_.device && !plan_.empty()) return Way::kStock;
-  // Processes have parts of a norm, and so have devices.
-  if (extras_->measures() && routes_.empty() && (has_shards_ || places > 1)) {
+  // Each process has a part of the norm.
+  if (extras_->measures() && routes_.empty() && has_shards_) {
     routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
   }
   return routes_.empty() ? Way::kKernels : Way::kParts;
@@ -167,6 +166,7 @@ bool Walker::step(PyObject* optimizer) {
   decay_ = extras_->decay;
   const std::int64_t averaged = extras_->averages ? extras_reader_.averaged(attributes) : 0;
   starts_ = averaged == 0;
+  clears_in_pass_ = extras_->clear == Extras::Clear::kToZero;
   const Way way = plan_step(groups.get(), state.get(), defaults.get(), attributes);
   if (way != Way::kParts) routes_.clear();
   if (way == Way::kStock || way == Way::kParts) return false;
@@ -237,14 +237,14 @@ Around Walker::around() const {
   around.weight = 1 - decay_;
   around.starts = starts_;
   around.wide = extras_->wide;
-  around.clears = extras_->clear == Extras::Clear::kToZero;
+  around.clears = clears_in_pass_;
   return around;
 }
 
 // Clears the gradients, which the kernels have set to zero if they stepped.
 void Walker::clear(PyObject* groups, bool stepped) {
   const bool to_none = extras_->clear == Extras::Clear::kToNone;
-  if (!to_none && stepped) {
+  if (!to_none && stepped && clears_in_pass_) {
     for (const at::Tensor& grad : in_graphs_) detach(grad);
     return;
   }
@@ -255,8 +255,8 @@ void Walker::clear(PyObject* groups, bool stepped) {
       const Ref module = Ref::steal(checked(PyImport_ImportModule("fastsgd._optimizer")));
       return checked(PyObject_GetAttrString(module.get(), "_reset_grad"));
     }();
-    Ref::steal(checked(
-        PyObject_CallFunctionObjArgs(reset_grad, other.get(), to_none ? Py_True : Py_False, nullptr)));
+    Ref::steal(checked(PyObject_CallFunctionObjArgs(reset_grad, other.get(),
+                                                    to_none ? Py_True : Py_False, nullptr)));
   }
 }
 

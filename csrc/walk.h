@@ -97,6 +97,8 @@ class Walker {
   void take_step(PyObject* attributes, std::int64_t averaged);
   Around around() const;
   void clear(PyObject* groups, bool stepped);
+  [[gnu::noinline]] void look_before_clearing(const at::Tensor& grad,
+                                              const c10::TensorImpl& memory);
   [[gnu::noinline]] bool plan_average(Place place, PyObject* param);
 
   void plan_group(Group& group, std::size_t& number);
@@ -123,7 +125,8 @@ class Walker {
   [[gnu::noinline]] bool plan_first_shard(Place place, Group& group, Subject& subject,
                                           const Path& path, Shards::Seen& seen);
   Birth birth(const Group& group) const;
-  bool lacks_rules_states(const Group& group, const Subject& subject) const;
+  bool makes_rules_states(const Group& group, const Subject& subject,
+                          const Creation& creation) const;
   at::Tensor new_counter(PyObject* group, c10::Device device);
   template <int kValues>
   static void fetch(const Path& path);
@@ -170,10 +173,12 @@ class Walker {
   const Extras* extras_ = nullptr;  // at this step
   double factor_ = 1, decay_ = 0;   // theirs, once they are known
   bool starts_ = false;             // averages begin with this step
+  bool clears_in_pass_ = false;     // the kernels set the gradients to zero
+  bool walks_again_ = false;        // as that has turned out to be wrong
   std::int32_t average_row_ = -1;
-  bool has_shards_ = false;         // some parameters of this walk are distributed
+  bool has_shards_ = false;            // some parameters of this walk are distributed
   std::vector<at::Tensor> in_graphs_;  // gradients to detach once they are zero
-  double norm_ = 0;                 // of the last step that had one
+  double norm_ = 0;                    // of the last step that had one
   bool has_norm_ = false, norm_is_double_ = false;
   at::Tensor grad_norm_;  // in its place, if Python or a device found it
   std::int64_t skipped_ = 0;

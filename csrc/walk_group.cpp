@@ -46,7 +46,7 @@ Update Walker::update_with(const Group& group, std::int32_t row) const {
   return {.structure = &rule_.structures[group.structure],
           .kernel = first_kernel(rule_number_, group.options.structure),
           .row = row,
-          .writes_grad = extras_->any ? extras_->clear == Extras::Clear::kToZero : scaling_.unscale,
+          .writes_grad = extras_->any ? clears_in_pass_ : scaling_.unscale,
           .adds_param = rule_.adds_param(group.options.hypers),
           .wide = extras_->wide,
           .starts = starts_};
@@ -109,6 +109,8 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
     subject.tensor[kParam] = tensor;
     subject.tensor[kGrad] = grad_tensor;
   }
+  if (clears_in_pass_) [[unlikely]]
+    look_before_clearing(*grad, *subject.tensor[kGrad]);
   if constexpr (kStates + kCounts > 0) {
     const int structure = group.structure;
     c10::TensorImpl** states = subject.tensor + kState;
@@ -136,6 +138,7 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
   }
   if (Fields::keys(*subject.tensor[kParam]) != cpu_keys_) [[unlikely]] {
     if (auto* work = devices_.find(*subject.tensor[kParam])) {
+      if (extras_->any) return false;  // which the kernels there do not know yet
       return plan_on_device<kStates, kCounts>(*work, group, place(), subject, owners, path.states);
     }
   }
@@ -150,9 +153,21 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
   if (!plan_.add<kStates>(update_of<kCounts>(group, moment), place(), subject, owners))
     return false;
   if constexpr (kCounts) plan_.counters().keep();
-  if (extras_->clear == Extras::Clear::kToZero && grad->requires_grad()) [[unlikely]]
-    in_graphs_.push_back(*grad);
   return true;
+}
+
+// Whether there is more to clearing a gradient than zeros: one in a graph is detached from it
+// afterwards, and one whose elements share memory is zeroed afterwards, as it is still read when
+// the first of them have been stepped.
+void Walker::look_before_clearing(const at::Tensor& grad, const c10::TensorImpl& memory) {
+  if (grad.requires_grad()) in_graphs_.push_back(grad);
+  if (!memory.has_storage()) return;  // sparse: its elements are of its own
+  const at::IntArrayRef strides = memory.strides();
+  for (std::size_t d = 0; d < strides.size(); ++d) {
+    if (strides[d] != 0 || memory.sizes()[d] <= 1) continue;
+    clears_in_pass_ = false;
+    walks_again_ = true;
+  }
 }
 
 // One that is not stepped, as it has no gradient, but may have an average.
@@ -259,6 +274,7 @@ bool Walker::plan_first_shard(Place place, Group& group, Subject& subject, const
 bool Walker::plan_first(Place place, Group& group, Subject& subject, Owners owners,
                         const StatesSeen& seen, const Birth& birth,
                         const std::vector<at::Tensor>& made) {
+  if (extras_->any && devices_.find(*subject.tensor[kParam]) != nullptr) return false;
   Creation& creation = states_.create(seen, group.structure);
   std::copy(made.begin(), made.end(), creation.value);
   if (auto* work = devices_.find(*subject.tensor[kParam])) {
@@ -267,7 +283,7 @@ bool Walker::plan_first(Place place, Group& group, Subject& subject, Owners owne
     return false;
   }
   Moment moment;
-  moment.first = !rule_.counts && lacks_rules_states(group, subject);
+  moment.first = !rule_.counts && makes_rules_states(group, subject, creation);
   if (rule_.counts) {
     c10::TensorImpl*& counter = subject.tensor[subject.streams];
     if (counter == nullptr) {
@@ -290,11 +306,12 @@ bool Walker::plan_first(Place place, Group& group, Subject& subject, Owners owne
   return true;
 }
 
-// Whether a parameter lacks more than its average.
-bool Walker::lacks_rules_states(const Group& group, const Subject& subject) const {
+// Whether a parameter lacks more than its average, or lacked it until a walk before this one.
+bool Walker::makes_rules_states(const Group& group, const Subject& subject,
+                                const Creation& creation) const {
   for (int i = 0; i < subject.streams - kState; ++i) {
-    const bool average = i == rule_.structures[group.structure].average;
-    if (!average && subject.tensor[kState + i] == nullptr) return true;
+    if (i == rule_.structures[group.structure].average) continue;
+    if (subject.tensor[kState + i] == nullptr || creation.value[i].defined()) return true;
   }
   return false;
 }

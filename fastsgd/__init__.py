@@ -16,7 +16,16 @@ from fastsgd.rmsprop import RMSprop  # noqa: E402
 from fastsgd.sgd import SGD  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RMSprop", "__version__", "clip_grad_norm_", "cuda_available"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "RMSprop",
+    "__version__",
+    "clip_grad_norm_",
+    "cuda_available",
+]
 
 
 def cuda_available() -> bool:

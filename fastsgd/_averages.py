@@ -99,8 +99,10 @@ class WithAverages(WithExtras):
         """Return torch's, with what is asked for besides torch's step."""
         refuse_inside_ema_weights(self, "copying or pickling")
         state = super().__getstate__()
-        own = {key: self.__dict__[key] for key in ("_extras", "_ema_steps") if key in self.__dict__}
-        return {**state, **own}
+        for key in ("_extras", "_ema_steps"):
+            if key in self.__dict__:
+                state[key] = self.__dict__[key]
+        return state
 
 
 Kept = dict[int, Tensor]
@@ -135,7 +137,7 @@ def _exchange_back(params: list[Tensor], averages: list[Tensor], kept: Kept) -> 
 
 def _local(tensor: Tensor) -> Tensor:
     """Return the shard of a distributed tensor that is here; another is its own."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class Average:

@@ -1,7 +1,7 @@
 """What fastsgd's optimizers do in a step besides torch's: its options, checked.
 
-They belong to an optimizer and not to a group, as a norm is that of all groups' gradients. They are
-kept in the optimizer's attribute ``_extras``, a dict, which is there only if any was ever asked for.
+They belong to an optimizer and not to a group, as a norm is that of all groups' gradients. They
+are kept in the optimizer's attribute ``_extras``, a dict, which is there only if any was asked for.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _decay(name: str, value: Any) -> Any:
 
 def _dtype(name: str, value: Any) -> torch.dtype | None:
     if value is None or value is torch.float32:
-        return value  # type: ignore[no-any-return]
+        return value
     raise ValueError(f"Invalid {name}: {value!r}. It is None (the parameter's) or torch.float32.")
 
 
@@ -166,6 +166,6 @@ def refuse_inside_ema_weights(optimizer: Optimizer, what: str) -> None:
     """Raise where the parameters hold their averages just now."""
     if "swapped" in optimizer.__dict__.get("_extras", ()):
         raise RuntimeError(
-            f"{what} inside ema_weights(): the parameters hold their averages, and their own values "
-            "are in the optimizer's state. Leave the block first."
+            f"{what} inside ema_weights(): the parameters hold their averages, and their own "
+            "values are in the optimizer's state. Leave the block first."
         )

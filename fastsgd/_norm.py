@@ -31,22 +31,25 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     parts = [torch.tensor(norm, dtype=torch.float64)] if count else []
     shards: dict[Any, list[Tensor]] = {}
     for tensor in (tensors[i].detach() for i in left):
-        mesh = getattr(tensor, "device_mesh", None)
-        if mesh is None:
+        if hasattr(tensor, "device_mesh"):
+            mesh_and_dims, shard = _shard_of(tensor)
+            shards.setdefault(mesh_and_dims, []).append(shard)
+        else:
             parts.append(_norm(tensor, norm_type))
-            continue
-        if any(placement.is_partial() for placement in tensor.placements):
-            tensor = tensor.redistribute(  # type: ignore[attr-defined]
-                placements=[
-                    torch.distributed.tensor.Replicate() if placement.is_partial() else placement
-                    for placement in tensor.placements
-                ]
-            )
-        dims = tuple(i for i, placement in enumerate(tensor.placements) if placement.is_shard())
-        shards.setdefault((mesh, dims), []).append(tensor.to_local())
     for (mesh, dims), locals_here in shards.items():
         parts.append(_norm_over_mesh(total_norm(locals_here, norm_type), norm_type, mesh, dims))
     return _joined([part.to(_device_of(tensors[0])) for part in parts], norm_type)
+
+
+def _shard_of(tensor: Any) -> tuple[tuple[Any, tuple[int, ...]], Tensor]:
+    """Return a mesh with its dimensions over which a tensor is sharded, and the shard here."""
+    if any(placement.is_partial() for placement in tensor.placements):
+        whole = torch.distributed.tensor.Replicate()
+        tensor = tensor.redistribute(
+            placements=[whole if each.is_partial() else each for each in tensor.placements]
+        )
+    dims = tuple(i for i, placement in enumerate(tensor.placements) if placement.is_shard())
+    return (tensor.device_mesh, dims), tensor.to_local()
 
 
 def _device_of(tensor: Tensor) -> torch.device:
@@ -54,9 +57,10 @@ def _device_of(tensor: Tensor) -> torch.device:
 
 
 def _joined(parts: list[Tensor], norm_type: float) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    return torch.linalg.vector_norm(torch.stack(parts), norm_type)
+    norm: Tensor = parts[0]
+    if len(parts) > 1:
+        norm = torch.linalg.vector_norm(torch.stack(parts), norm_type)
+    return norm
 
 
 def _norm(tensor: Tensor, norm_type: float) -> Tensor:
@@ -66,14 +70,23 @@ def _norm(tensor: Tensor, norm_type: float) -> Tensor:
         tensor = tensor.abs()
     if tensor.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=tensor.device)
-    return torch.linalg.vector_norm(tensor, norm_type, dtype=torch.float64)
+    if tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter):
+        # A copy that is plain, unless it is of a dtype that no kernel knows.
+        tensor = tensor.resolve_conj().resolve_neg().contiguous()
+        value, count, _, _ = _C.norm_of([tensor], False, math.isinf(norm_type))
+        if count:
+            return torch.tensor(value, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(tensor, norm_type, dtype=torch.float64)
+    return norm
 
 
 def _norm_over_mesh(norm: Tensor, norm_type: float, mesh: Any, dims: tuple[int, ...]) -> Tensor:
     """Join the norms of the shards that the processes along some dimensions of a mesh hold."""
     over_all = norm if math.isinf(norm_type) else norm.square()
     over_all = over_all.to(mesh.device_type)
-    join = torch.distributed.ReduceOp.MAX if math.isinf(norm_type) else torch.distributed.ReduceOp.SUM
+    join = (
+        torch.distributed.ReduceOp.MAX if math.isinf(norm_type) else torch.distributed.ReduceOp.SUM
+    )
     for dim in dims:
         torch.distributed.all_reduce(over_all, join, group=mesh.get_group(dim))
     return over_all if math.isinf(norm_type) else over_all.sqrt()
@@ -111,8 +124,9 @@ def clip_grad_norm_(
     r"""Scale gradients in place so that their norm is at most ``max_norm``.
 
     :func:`torch.nn.utils.clip_grad_norm_` in one call, for loops that clip by themselves. Each
-    gradient is multiplied by :math:`\min(1, \text{max\_norm} / (\text{norm} + 10^{-6}))`. Optimizers
-    of fastsgd do the same within their step (``max_grad_norm``), without writing the gradients.
+    gradient is multiplied by :math:`\min(1, \text{max\_norm} / (\text{norm} + 10^{-6}))`.
+    Optimizers of fastsgd do the same within their step (``max_grad_norm``), without writing the
+    gradients.
 
     Args:
         parameters: The tensors whose gradients are clipped, or one.
@@ -146,6 +160,8 @@ def clip_grad_norm_(
         )
     value, count, any_double, left = _C.norm_of(params, True, math.isinf(norm_type))
     others = [grad for i in left if (grad := params[i].grad) is not None]
+    if any(grad.layout != torch.strided for grad in others):  # which torch refuses
+        return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
     if others:
         grads = [param.grad for param in params if param.grad is not None]
         norm = total_norm(grads, norm_type).to(norm_dtype(grads))
@@ -161,5 +177,7 @@ def clip_grad_norm_(
                 if i not in left:
                     params[i].grad.mul_(number)  # type: ignore[union-attr]
     for grad in others:
-        grad.mul_(factor.to(grad.device))
+        # A part of a distributed one, whatever it is of, is multiplied as the whole is.
+        part = grad.to_local() if hasattr(grad, "to_local") else grad
+        part.mul_(factor.to(part.device))
     return norm

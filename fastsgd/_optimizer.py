@@ -100,7 +100,7 @@ def _make_step(stock_step: Step) -> Step:
     """Return the ``step`` method of a class whose torch class steps by ``stock_step``."""
 
     @functools.wraps(stock_step)
-    def unobserved(self: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    def unobserved(self: FusedStep, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -118,7 +118,7 @@ def _make_step(stock_step: Step) -> Step:
     observed = Optimizer.profile_hook_step(unobserved)
 
     @functools.wraps(stock_step)
-    def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+    def step(self: FusedStep, *args: Any, **kwargs: Any) -> Any:
         if is_compiling() and "_extras" not in self.__dict__:
             # torch breaks the graph in there, and what called step() then calls it untraced.
             return stock_step(self, *args, **kwargs)
@@ -237,8 +237,7 @@ def _step_with_extras(optimizer: FusedStep, step_as_stock: Step, routes: Routes)
     if taken:
         scale = getattr(optimizer, "grad_scale", None)
         factor = _factor(optimizer, scale)
-        taken = factor is not None
-    if taken:
+    if taken and factor is not None:
         averaged = optimizer.__dict__.get("_ema_steps", 0)
         decay = optimizer.ema_decay
         if callable(decay):
@@ -304,15 +303,20 @@ def _grads_treated(
     def copy(grad: Tensor) -> Tensor:
         if not grad.is_sparse:
             return treated(grad)
-        grad = grad.coalesce()
-        values = treated(grad.values())
-        return torch.sparse_coo_tensor(grad.indices(), values, grad.shape, is_coalesced=True)
+        if bound is not None:  # which is for the sum of what stands at one place
+            grad = grad.coalesce()
+        values = treated(grad._values())
+        return torch.sparse_coo_tensor(
+            grad._indices(), values, grad.shape, is_coalesced=grad.is_coalesced()
+        )
 
     if scale is None and factor == 1 and bound is None:
         yield
         return
     with torch.no_grad():
-        copies = [(param, param.grad, copy(param.grad)) for param in params if param.grad is not None]
+        copies = [
+            (param, param.grad, copy(param.grad)) for param in params if param.grad is not None
+        ]
     try:
         for param, _, copied in copies:
             param.grad = copied

@@ -16,9 +16,7 @@ template <class L, class T>
 FASTSGD_LANE void follow(const Around& around, const AroundLanes<L>& lanes, L p, T* grad,
                          char* average, std::int64_t at) {
   if (around.averages) {
-    const auto keep = [&](auto* to) {
-      store(to, lanes.average(around, load<L>(to), p));
-    };
+    const auto keep = [&](auto* to) { store(to, lanes.average(around, load<L>(to), p)); };
     if (around.wide && sizeof(T) < sizeof(float)) {
       keep(reinterpret_cast<float*>(average) + at);
     } else {
@@ -93,11 +91,12 @@ FASTSGD_LANE void step_runs(const Row& row, const Around& step_around, const Run
     go_over<Register, Scalar>(
         run->count,
         [&](std::int64_t at) {
-          advance<R, kStructure, kAround, Register, T>(wide, around, around_wide, row.maximize, stream, at);
+          advance<R, kStructure, kAround, Register, T>(wide, around, around_wide, row.maximize,
+                                                       stream, at);
         },
         [&](std::int64_t at) {
-          advance<R, kStructure, kAround, Scalar, T>(scalars, around, around_scalars, row.maximize, stream,
-                                            at);
+          advance<R, kStructure, kAround, Scalar, T>(scalars, around, around_scalars, row.maximize,
+                                                     stream, at);
         });
   }
 }

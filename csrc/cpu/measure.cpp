@@ -17,8 +17,9 @@ void add(Measured& measured, Order order, const PieceMeasured& piece) {
     measured.greatest = lane::max(measured.greatest, piece.high);
     return;
   }
-  measured.squares.add(piece.high);
-  if (piece.low != 0) measured.squares.add(piece.low);
+  ExactSum& sum = measured.sum(piece.scaled);
+  sum.add(piece.high);
+  if (piece.low != 0) sum.add(piece.low);
 }
 
 Measure kernel_for(Order order, int type) {
@@ -37,8 +38,8 @@ void measure_strided(Measured& measured, Order order, Measure measure, const Spa
   }
 }
 
-void measure_run(Measured& measured, Order order, Measure measure, const Span& span,
-                 const Run& run, std::int64_t begin, std::int64_t end) {
+void measure_run(Measured& measured, Order order, Measure measure, const Span& span, const Run& run,
+                 std::int64_t begin, std::int64_t end) {
   if (span.layout != nullptr && !span.layout->flat(kGrad)) {
     return measure_strided(measured, order, measure, span, run, begin, end);
   }

@@ -18,8 +18,7 @@ struct Elements {
 };
 FASTSGD_LANE Elements elements_of(const double* from) {
   Elements elements;
-  for (int i = 0; i < kParts; ++i)
-    elements.part[i] = load<DoubleRegister>(from + i * kDoubles);
+  for (int i = 0; i < kParts; ++i) elements.part[i] = load<DoubleRegister>(from + i * kDoubles);
   return elements;
 }
 FASTSGD_LANE Elements elements_of(const float* from) {
@@ -78,7 +77,7 @@ struct Sums {
         }
       }
     }
-    return {sums[0], kRest ? rests[0] : 0, false};
+    return {sums[0], kRest ? rests[0] : 0, false, Scaled::kNot};
   }
 };
 
@@ -92,23 +91,41 @@ bool any_not_finite(const T* elements, std::int64_t count) {
 }
 
 template <class T>
-PieceMeasured squares(const char* memory, std::int64_t count) {
+PieceMeasured squares_scaled(const T* from, std::int64_t count, Scaled scaled) {
   constexpr bool kRest = sizeof(T) == sizeof(double);  // a float32's square leaves room to add to
-  const T* from = reinterpret_cast<const T*>(memory);
+  const double factor = scaled == Scaled::kNot    ? 1
+                        : scaled == Scaled::kDown ? kScaledDown
+                                                  : kScaledUp;
+  const auto factors = broadcast<DoubleRegister>(factor);
   Sums sums{};
+  const auto add = [&](Elements elements) {
+    for (int i = 0; i < kParts; ++i) {
+      if (scaled != Scaled::kNot) elements.part[i] = elements.part[i] * factors;
+    }
+    sums.add_squares<kRest>(elements);
+  };
   std::int64_t at = 0;
-  for (; at + kMeasureLanes <= count; at += kMeasureLanes) {
-    sums.add_squares<kRest>(elements_of(from + at));
-  }
+  for (; at + kMeasureLanes <= count; at += kMeasureLanes) add(elements_of(from + at));
   if (at < count) {
     T last[kMeasureLanes] = {};
     for (int i = 0; at + i < count; ++i) last[i] = from[at + i];
-    sums.add_squares<kRest>(elements_of(last));
+    add(elements_of(last));
   }
   PieceMeasured measured = sums.total<kRest>();
-  if (measured.high - measured.high != 0) {  // squares may overflow where no element is infinite
+  measured.scaled = scaled;
+  return measured;
+}
+
+template <class T>
+PieceMeasured squares(const char* memory, std::int64_t count) {
+  const T* from = reinterpret_cast<const T*>(memory);
+  PieceMeasured measured = squares_scaled(from, count, Scaled::kNot);
+  if (measured.high - measured.high != 0) {
+    if (!any_not_finite(from, count)) return squares_scaled(from, count, Scaled::kDown);
     measured.low = 0;
-    measured.not_finite = any_not_finite(from, count);
+    measured.not_finite = true;
+  } else if (sizeof(T) == sizeof(double) && measured.high < kSmallSquares) {
+    return squares_scaled(from, count, Scaled::kUp);
   }
   return measured;
 }
@@ -132,7 +149,7 @@ PieceMeasured magnitude(const char* memory, std::int64_t count) {
     greatest = lane::max(greatest, lane::max(x, -x));
   }
   const double found = greatest;
-  return {found < 0 ? -found : found + 0.0, 0, found - found != 0};
+  return {found < 0 ? -found : found + 0.0, 0, found - found != 0, Scaled::kNot};
 }
 
 }  // namespace

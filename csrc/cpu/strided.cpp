@@ -134,7 +134,8 @@ void execute_tiles(Kernel kernel, const Span& span, const Run& run, const Row& r
     kernel(row, around, &part, 1);
     for (int s = 0; s < span.streams; ++s) {
       if (flat[s] || (s == kGrad && !around.writes_grad())) continue;
-      copy_rows<Way::kFromTile>(layout, s, position, run.stream[s], tile[s], count, span.size_of(s));
+      copy_rows<Way::kFromTile>(layout, s, position, run.stream[s], tile[s], count,
+                                span.size_of(s));
     }
   }
 }

@@ -76,6 +76,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         [(shape, rule) for shape in shapes for rule in rules_of(shape, options)],
         opponents,
         words,
+        chained=shapes if options.shapes or options.quick else None,
         deadline=perf_counter() + QUICK_SECONDS if options.quick else float("inf"),
     )
 

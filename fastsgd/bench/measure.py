@@ -40,19 +40,21 @@ class Runner:
         call: Does it.
         threads: `torch.get_num_threads()` while it runs.
         prepare: What has to be done anew before each call, and is not timed.
-        repeats: How many calls a timed block has; one where there is a `prepare`.
+        repeats: How many calls a timed block has; one where there is a `prepare`,
+        warm: unless this is set: then they follow each other, as those without do.
     """
 
     call: Callable[[], object]
     threads: int
     prepare: Callable[[], object] | None = None
     repeats: int = 1
+    warm: bool = False
 
     def warm_up(self) -> None:
         """Run until the time of one call is known, and choose `repeats` by it."""
         self.repeats = 1
         once = self.seconds()
-        if self.prepare is None and once < BLOCK_SECONDS:
+        if (self.prepare is None or self.warm) and once < BLOCK_SECONDS:
             once = min(self.seconds() for _ in range(5))
             self.repeats = max(1, math.ceil(BLOCK_SECONDS / once))
 
@@ -61,6 +63,8 @@ class Runner:
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         call, calls = self.call, itertools.repeat(None, self.repeats)
+        if self.prepare is not None and self.warm:
+            return self.prepared_seconds(self.prepare)
         if self.prepare is not None:
             self.prepare()
         elif self.repeats > 1:
@@ -69,6 +73,16 @@ class Runner:
         for _ in calls:
             call()
         return (perf_counter() - start) / self.repeats
+
+    def prepared_seconds(self, prepare: Callable[[], object]) -> float:
+        """The same where each call is prepared, which is not timed."""
+        taken = []
+        for _ in range(self.repeats + (self.repeats > 1)):
+            prepare()
+            start = perf_counter()
+            self.call()
+            taken.append(perf_counter() - start)
+        return statistics.fmean(taken[-self.repeats :])
 
 
 @dataclass(frozen=True)

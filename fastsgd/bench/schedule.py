@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from time import perf_counter
 
-from fastsgd.bench import report, sections
+from fastsgd.bench import one_pass, report, sections
 from fastsgd.bench.contest import Row, Settings
 from fastsgd.bench.contestants import Inputs
 from fastsgd.bench.memory import memory
@@ -19,6 +19,7 @@ SECTIONS = {
     "steps": "step() on gradients that stay where they are",
     "fresh": "step() on gradients that a backward has just made, in memory that is new to it",
     "zero-grad": "zero_grad() on gradients that a backward has just made",
+    "one-pass": "clip, step, average, zero: one step() of ours, four calls of stock's",
     "groups": "step() of 465 tensors, each in a group of its own or all in one; both ours",
     "memory": "step() on gradients that a backward has just made, once warm",
     # Last: it leaves threads behind.
@@ -37,6 +38,7 @@ class Plan:
         cases: Names of SHAPES and RULES, for the section `steps`.
         opponents: Who else is raced in the section `steps`,
         words: and a word on each of those, and on those who are not.
+        chained: The shapes of the section `one-pass`; None for all.
         deadline: When, on `perf_counter`, nothing more is begun.
     """
 
@@ -44,6 +46,7 @@ class Plan:
     cases: Sequence[tuple[str, str]]
     opponents: Sequence[Opponent] = ()
     words: dict[str, str] = field(default_factory=dict)
+    chained: Sequence[str] | None = None
     deadline: float = float("inf")
 
     def races(self, settings: Settings) -> int:
@@ -54,8 +57,10 @@ class Plan:
             "zero-grad": 2 * len(RULES["sgd"].rivals),
         }
         ticks = sum(count for name, count in rivals.items() if name in self.sections)
+        one_pass_races = one_pass.races(settings) if "one-pass" in self.sections else 0
         others = {"memory": 1, "groups": len(sections.GROUP_RULES), "oversubscribed": 2}
-        return ticks * len(settings.counts) + sum(others.get(name, 0) for name in self.sections)
+        ticks = ticks * len(settings.counts) + one_pass_races
+        return ticks + sum(others.get(name, 0) for name in self.sections)
 
     def entrants(self, shape: str, rule: str) -> int:
         """How many optimizers a row of the section `steps` has beside ours."""
@@ -114,6 +119,8 @@ def rows_of(name: str, plan: Plan, settings: Settings, skipped: list[str]) -> It
         yield from sections.fresh_rows(settings)
     elif name == "zero-grad":
         yield from sections.zero_grad_rows(settings)
+    elif name == "one-pass":
+        yield from one_pass.one_pass_rows(settings, plan.chained)
     else:
         yield from step_rows(plan, settings, skipped)
 

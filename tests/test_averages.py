@@ -1,0 +1,264 @@
+"""``ema_decay``: averages beside those of ``AveragedModel``; saved, loaded, copied."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from cases import DTYPES, EXACT, HALVES, LARGER, ORDINARY_SHAPES, SIZES, Row
+from onepass import INF, Averages, ClippedStep, Extended, all_dtypes, copies, unit
+from oracle import all_params, assert_equal
+from snapshot import Snapshot
+from torch.nn import Parameter
+from twins import Twins, parameters, random_grad
+
+SHAPES = (*ORDINARY_SHAPES, *[(n,) for n in SIZES])
+BUILD = parameters(*SHAPES)
+INVALID = r"Invalid decay value .* provided. Please provide a value in \[0,1\] range."
+
+
+def warming(step: int) -> float:
+    """Rise with the number of the step, as schedules do; a module's function can be pickled."""
+    return min(0.99, (1 + step) / (10 + step))
+
+
+DECAYS = (0, 0.3, 0.5, 0.9, 0.999, 1, warming)
+
+
+def named(decay: Any) -> str:
+    """Return a test id."""
+    return getattr(decay, "__name__", str(decay))
+
+
+every_decay = pytest.mark.parametrize("decay", DECAYS, ids=named)
+
+
+def run(optimizer: Any, averages: Averages | None, steps: int, seed: int = 0) -> None:
+    """Step with random grads, and compare the averages each time."""
+    for step in range(steps):
+        torch.manual_seed(seed + step)
+        for p in all_params(optimizer):
+            p.grad = random_grad(p)
+        if averages:
+            averages.watch()
+        optimizer.step()
+        if averages:
+            averages.check()
+
+
+def all_of(optimizer: Any) -> list[Any]:
+    """Return copies of parameters and states."""
+    states = [optimizer.state.get(p, {}) for p in all_params(optimizer)]
+    return [copies(all_params(optimizer)), [copy.deepcopy(dict(own)) for own in states]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_decay
+def test_as_averaged_model(row: Row, decay: Any, dtype: torch.dtype) -> None:
+    """Each step's averages are torch's, and the steps are those without averages."""
+    twins = Extended(row, parameters(*SHAPES, dtype=dtype), {"ema_decay": decay}, **row.rich)
+    averages = Averages(twins.ours, decay)
+    for _ in range(8):
+        twins.grads()
+        averages.watch()
+        expected = ClippedStep(row, twins.ours) if dtype in HALVES else None
+        twins.step()
+        twins.check()
+        averages.check()
+        if expected:
+            expected.check()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@every_decay
+def test_halves_in_single_precision(row: Row, decay: Any, dtype: torch.dtype) -> None:
+    """``ema_dtype`` keeps what a half type would round away; it is for halves alone."""
+    build = all_dtypes(*SHAPES, dtypes=(dtype, *EXACT))
+    optimizer = row.ours(build(), **row.rich, ema_decay=decay, ema_dtype=torch.float32)
+    run(optimizer, Averages(optimizer, decay, torch.float32), 8)
+    for p in all_params(optimizer):
+        wide = torch.float32 if p.dtype == dtype else p.dtype
+        assert optimizer.state[p]["ema"].dtype == wide
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_and_strided(row: Row, dtype: torch.dtype, threads: int) -> None:
+    """Chunks, threads, and parameters that are views: gaps between their elements stay."""
+    torch.set_num_threads(threads)
+    memory = torch.full((301, 65), 7.0, dtype=dtype)
+    views = [memory[:, 1:34], torch.randn(33, 129).to(dtype).t()]
+    views[0].copy_(torch.randn(301, 33))
+    params = [*map(Parameter, views), *parameters(*[(n,) for n in LARGER], dtype=dtype)()]
+    optimizer = row.ours(params, **row.rich, ema_decay=0.9)
+    run(optimizer, Averages(optimizer, 0.9), 3)
+    marks = torch.ones_like(memory, dtype=torch.bool)
+    marks[:, 1:34] = False
+    with optimizer.ema_weights():
+        assert bool((memory[marks] == 7).all())
+    assert bool((memory[marks] == 7).all())
+
+
+@pytest.mark.parametrize("decay", [0.9, warming], ids=named)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grads_that_come_late_and_go(row: Row, dtype: torch.dtype, decay: Any) -> None:
+    """A first grad starts from the value before the step; without a grad averaging goes on."""
+    optimizer = row.ours(
+        parameters((33,), (257,), (17, 3), (5,), dtype=dtype)(), **row.rich, ema_decay=decay
+    )
+    averages = Averages(optimizer, decay)
+    # At which steps each has a grad.
+    having = [range(8), range(2), range(3, 5), (0, 6)]
+    for step in range(8):
+        for p, steps in zip(all_params(optimizer), having, strict=True):
+            p.grad = random_grad(p) if step in steps else None
+        averages.watch()
+        optimizer.step()
+        averages.check()
+    assert all(averages.seen)
+
+
+def test_skipped_steps_are_no_averaging_steps(row: Row) -> None:
+    """Neither the averages nor the number that the schedule gets go on."""
+    extras = {"ema_decay": warming, "skip_nonfinite": True}
+    twins = Extended(row, BUILD, extras, **row.rich)
+    averages = Averages(twins.ours, warming)
+    for overflow in (True, False, True, True, False, False):
+        twins.grads()
+        if overflow:
+            all_params(twins.ours)[0].grad[32, 16] = INF
+            snapshot = Snapshot(twins.ours)
+            twins.step()
+            snapshot.assert_unchanged()
+        else:
+            averages.watch()
+            twins.step()
+            averages.check()
+    assert twins.ours.state_dict()["param_groups"][0]["ema_steps"] == 3
+
+
+def test_begun_in_the_middle(row: Row) -> None:
+    """An optimizer told to average after some steps starts with the parameters of the next."""
+    twins = Extended(row, BUILD, {}, **row.rich).run(3)
+    assert not any("ema" in own for own in twins.ours.state.values())
+    assert "ema_steps" not in twins.ours.state_dict()["param_groups"][0]
+    twins.ours.ema_decay = 0.5
+    run(twins.ours, Averages(twins.ours, 0.5), 3)
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.5, float("nan")])
+def test_schedule_that_goes_wrong(row: Row, bad: float) -> None:
+    """A decay that is none is refused before anything is written."""
+    optimizer = row.ours(BUILD(), **row.rich, ema_decay=lambda n: bad if n == 3 else 0.9)
+    run(optimizer, None, 2)
+    for p in all_params(optimizer):
+        p.grad = random_grad(p)
+    snapshot = Snapshot(optimizer)
+    with pytest.raises(ValueError, match=INVALID):
+        optimizer.step()
+    snapshot.assert_unchanged()
+
+
+# Checkpoints and copies.
+
+
+def through_file(saved: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def reloaded(optimizer: Any, row: Row, extras: Any) -> Any:
+    """Return a new optimizer over copies of the parameters, with the state loaded from a file."""
+    groups = [copies(group["params"]) for group in optimizer.param_groups]
+    parts = [{"params": [Parameter(p) for p in group]} for group in groups]
+    other = row.ours(parts, **row.plain, **extras)
+    other.load_state_dict(through_file(optimizer.state_dict()))
+    return other
+
+
+def copied(optimizer: Any, row: Row, extras: Any) -> Any:
+    return copy.deepcopy(optimizer)
+
+
+def pickled(optimizer: Any, row: Row, extras: Any) -> Any:
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("decay", [0.9, warming], ids=named)
+@pytest.mark.parametrize("way", [reloaded, copied, pickled], ids=lambda f: f.__name__)
+def test_goes_on_elsewhere(row: Row, way: Any, decay: Any, dtype: Any, steps: int) -> None:
+    """A checkpoint or copy steps on as if nothing had happened, with the same average and count."""
+    extras = {"ema_decay": decay, "ema_dtype": dtype}
+    groups = [
+        {"params": all_dtypes((33,), (5, 17))()},
+        {"params": parameters((257,))(), "lr": 0.01},
+    ]
+    optimizer = row.ours(groups, **row.rich, **extras)
+    run(optimizer, None, steps)
+    other = way(optimizer, row, extras)
+    assert_equal(all_of(other), all_of(optimizer))
+    for p in all_params(other):
+        own, wide = other.state.get(p, {}), dtype if dtype and p.dtype in HALVES else p.dtype
+        assert not steps or own["ema"].dtype == wide
+    for each in (optimizer, other):
+        run(each, None, 3, seed=7)
+        assert not any("ema_steps" in group for group in each.param_groups)
+    assert_equal(all_of(other), all_of(optimizer))
+    for each in (optimizer, other):
+        assert [g["ema_steps"] for g in each.state_dict()["param_groups"]] == [steps + 3] * 2
+
+
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+def test_stock_loads_it(row: Row, dtype: torch.dtype) -> None:
+    """A stock optimizer takes the checkpoint and makes the same steps; ours takes it back."""
+    twins = Twins(row, parameters(*ORDINARY_SHAPES, dtype=dtype), **row.rich).run(1)
+    twins.ours.ema_decay = warming
+    for _ in range(3):
+        twins.grads()
+        twins.step()
+    twins.stock.load_state_dict(through_file(twins.ours.state_dict()))
+    for _ in range(3):
+        twins.grads()
+        twins.step()
+        assert_equal(*(copies(all_params(each)) for each in twins.sides))
+    twins.ours.load_state_dict(through_file(twins.stock.state_dict()))
+    twins.grads()
+    twins.step()
+    assert_equal(*(copies(all_params(each)) for each in twins.sides))
+    assert not any("ema_steps" in group for group in twins.ours.param_groups)
+
+
+def test_loads_what_stock_saved(row: Row) -> None:
+    """A stock checkpoint has no averages: they begin with the next step."""
+    twins = Twins(row, BUILD, **row.rich).run(3)
+    twins.ours.ema_decay = warming
+    twins.ours.load_state_dict(through_file(twins.stock.state_dict()))
+    averages = Averages(twins.ours, warming)
+    for _ in range(3):
+        twins.grads()
+        averages.watch()
+        twins.step()
+        averages.check()
+        assert_equal(*(copies(all_params(each)) for each in twins.sides))
+
+
+def test_group_added_later(row: Row) -> None:
+    """Its parameters start from their values, at the count that the others have reached."""
+    optimizer = row.ours(parameters((33, 5), (257,))(), **row.rich, ema_decay=warming)
+    run(optimizer, None, 2)
+    optimizer.add_param_group({"params": parameters((17,), (65,))()})
+    starts = [optimizer.state.get(p, {}).get("ema", p) for p in all_params(optimizer)]
+    before = copies(starts)
+    run(optimizer, None, 1)
+    for p, was in zip(all_params(optimizer), before, strict=True):
+        mine, right = optimizer.state[p]["ema"], torch.lerp(was, p.detach(), 1 - warming(3))
+        assert bool(((mine - right).abs() <= unit(mine, was, p.detach())).all())
+        assert not torch.equal(mine, p.detach()) and not torch.equal(mine, was)

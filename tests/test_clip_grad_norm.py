@@ -1,0 +1,137 @@
+"""``fastsgd.clip_grad_norm_``, which stands where torch's stood."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from cases import EXACT, HALVES, HUGE
+from onepass import INF, all_dtypes, assert_norm, coefficient, copies
+from oracle import assert_equal
+from test_clipping import SHAPES
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_
+from twins import parameters, random_grad
+
+import fastsgd
+
+LIMITS = (0.5, 1e9, 0, INF, -1.0, torch.tensor(0.25))
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=repr)
+@pytest.mark.parametrize("norm_type", [2.0, 2, INF, 1, 3.0, 0.5])
+@pytest.mark.parametrize("dtypes", [*((t,) for t in EXACT), EXACT], ids=str)
+def test_function(dtypes: Any, norm_type: float, limit: Any) -> None:
+    """``fastsgd.clip_grad_norm_`` multiplies as torch's, by a norm that is nearer the truth."""
+    shapes = [shape for shape in SHAPES if shape and 0 not in shape]
+    params = all_dtypes(*shapes, (HUGE,), dtypes=dtypes)()
+    for foreach in (None, True, False):
+        for p in params[1:]:
+            p.grad = random_grad(p)
+        before = copies(p.grad for p in params)
+        held = [p.grad for p in params]
+        norm = fastsgd.clip_grad_norm_(params, limit, norm_type, foreach=foreach)
+        assert all(p.grad is grad for p, grad in zip(params, held, strict=True))
+        if norm_type in (2, INF):
+            assert_norm(norm, before, norm_type)
+        factor = coefficient(norm, float(limit))
+        for p, grad in zip(params[1:], before[1:], strict=True):
+            assert_equal(p.grad, grad * factor)
+        theirs = [Parameter(p.detach()) for p in params]
+        for q, grad in zip(theirs, before, strict=True):
+            q.grad = grad
+        right = clip_grad_norm_(theirs, limit, norm_type, foreach=foreach)
+        torch.testing.assert_close(norm, right, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, INF])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_function_with_halves(dtype: torch.dtype, norm_type: float) -> None:
+    """Half grads are as near to the truth as one rounding allows."""
+    params = parameters((4097,), (33, 5), dtype=dtype)()
+    for p in params:
+        p.grad = random_grad(p)
+    before = copies(p.grad for p in params)
+    norm = fastsgd.clip_grad_norm_(params, 0.5, norm_type)
+    right = torch.stack([g.double().flatten().norm(norm_type) for g in before]).norm(norm_type)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(norm.double(), right, rtol=eps, atol=0)
+    for p, grad in zip(params, before, strict=True):
+        torch.testing.assert_close(
+            p.grad.double(), grad.double() * 0.5 / right, rtol=2 * eps, atol=eps
+        )
+
+
+def of_one(p: Tensor) -> Any:
+    return p
+
+
+def of_generator(p: Tensor) -> Any:
+    return (each for each in [p, Parameter(torch.ones(3))])
+
+
+def of_none(p: Tensor) -> Any:
+    return []
+
+
+def of_empty_generator(p: Tensor) -> Any:
+    return (each for each in ())
+
+
+def of_sparse(p: Tensor) -> Any:
+    p.grad = p.grad.view(3, 17).to_sparse()
+    return [p]
+
+
+def of_complex(p: Tensor) -> Any:
+    z = Parameter(torch.ones(5, dtype=torch.complex64))
+    z.grad = torch.full((5,), 3 + 4j)
+    return [p, z]
+
+
+def of_expanded(p: Tensor) -> Any:
+    p.grad = torch.ones(1).expand(51)
+    return [p]
+
+
+def of_infinite(p: Tensor) -> Any:
+    p.grad[50] = INF
+    return [p]
+
+
+KINDS = (of_one, of_generator, of_none, of_empty_generator)
+KINDS += (of_sparse, of_complex, of_expanded, of_infinite)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("norm_type", [2.0, INF, 1.0])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda f: f.__name__)
+def test_function_takes_what_torch_takes(kind: Any, norm_type: float, strict: bool) -> None:
+    """What may be passed, warnings and refusals are torch's; a refusal leaves the grads alone."""
+    found = []
+    for clip in (fastsgd.clip_grad_norm_, clip_grad_norm_):
+        p = Parameter(torch.ones(3, 17) if kind is of_sparse else torch.ones(51))
+        values = torch.arange(1.0, 52.0)
+        p.grad = values.view(p.shape)
+        params = kind(p)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                said: Any = clip(params, 0.5, norm_type, error_if_nonfinite=strict)
+            except Exception as error:  # noqa: BLE001
+                said = type(error)
+        grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
+        found.append(
+            (said, grad, [str(each.message) for each in caught if "empty" in str(each.message)])
+        )
+    (mine, grad, warned), (theirs, right, warning) = found
+    assert warned == warning
+    assert (mine if isinstance(mine, type) else type(mine)) is (
+        theirs if isinstance(theirs, type) else type(theirs)
+    )
+    torch.testing.assert_close(grad, right, equal_nan=True)
+    if isinstance(theirs, Tensor):
+        torch.testing.assert_close(mine, theirs)

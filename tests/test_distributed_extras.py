@@ -1,0 +1,124 @@
+"""Several processes: the norm of shards is that of the whole, and averages are sharded alike."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import workers
+from oracle import assert_equal
+
+if not torch.distributed.is_available():
+    pytest.skip("torch was built without distributed", allow_module_level=True)
+
+import torch.distributed as dist
+from test_distributed import backward, each_row, local, network
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.nn import Parameter
+
+DECAY = 0.75
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Return the whole of a distributed tensor."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def true_norm(params: list[Tensor], norm_type: float) -> float:
+    """Return the norm of whole gradients, in float64."""
+    grads = [full(p.grad).double().flatten() for p in params if p.grad is not None]
+    return torch.linalg.vector_norm(torch.cat(grads), norm_type).item()
+
+
+def values(params: list[Parameter]) -> list[Tensor]:
+    """Return copies of what is here of parameters."""
+    return [local(p).detach().clone() for p in params]
+
+
+def train_shards(order: str, skips: bool) -> None:
+    """Worker: FSDP2, with shards that are uneven and empty."""
+    norm_type = float(order)
+    with each_row() as rows:
+        for row in rows:
+            net = network()
+            for layer in (net[0], net[2]):
+                fully_shard(layer)
+            fully_shard(net)
+            params = list(net.parameters())
+            extras = {"max_grad_norm": 0.5, "norm_type": norm_type, "skip_nonfinite": skips}
+            ours = row.ours(params, ema_decay=DECAY, clear_grads="zero", **extras, **row.rich)
+            shards = [Parameter(local(p).detach().clone()) for p in params]
+            stock = row.stock(shards, foreach=False, **row.rich)
+            averages: list[Tensor] = []
+            for step in range(4):
+                backward(net, step)
+                before = values(params)
+                overflows = skips and step == 2
+                if overflows and dist.get_rank() == 1:  # in one process alone
+                    local(params[0].grad).fill_(math.inf)
+                for p, shard in zip(params, shards, strict=True):
+                    shard.grad = local(p.grad).clone()
+                norm = true_norm(params, norm_type)
+                ours.step()
+                assert not any(local(p.grad).any() for p in params)
+                if overflows:
+                    assert ours.skipped_steps == 1
+                    assert_equal(values(params), before)
+                    continue
+                told = ours.grad_norm
+                assert told.dtype == torch.float32 and not isinstance(told, DTensor)
+                assert abs(told.item() - norm) <= 3e-7 * norm, (told.item(), norm)
+                factor = min(1.0, (0.5 / (told + 1e-6)).item())
+                for shard in shards:
+                    shard.grad.mul_(factor)
+                stock.step()
+                assert_equal(values(params), values(shards))
+                pairs = zip(averages or values(shards), values(shards), strict=True)
+                averages = [torch.lerp(average, p, 1 - DECAY) for average, p in pairs]
+                kept = [ours.state[p]["ema"] for p in params]
+                assert all(isinstance(k, DTensor) for k in kept)
+                assert_equal([local(k) for k in kept], averages)
+            with ours.ema_weights():
+                assert_equal(values(params), averages)
+            assert_equal(values(params), values(shards))
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_shards(tmp_path: Path, norm_type: float, skips: bool) -> None:
+    """FSDP2: the norm of all shards clips each, and is told in each process."""
+    workers.run(train_shards, tmp_path, str(norm_type), skips)
+
+
+def clip_placements() -> None:
+    """Worker: gradients that are sharded, replicated and partial sums."""
+    from fastsgd import clip_grad_norm_
+
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(3)
+    whole = torch.randn(9, 5)
+    placed: list[Any] = [Shard(0), Shard(1), Replicate()]
+    for norm_type in (2.0, math.inf):
+        params = [Parameter(distribute_tensor(torch.zeros(9, 5), mesh, [p])) for p in placed]
+        for p, placement in zip(params, placed, strict=True):
+            p.grad = distribute_tensor(whole.clone(), mesh, [placement])
+        params.append(Parameter(distribute_tensor(torch.zeros(9, 5), mesh, [Replicate()])))
+        params[-1].grad = DTensor.from_local(
+            whole * (0.25 + 0.5 * dist.get_rank()), mesh, [Partial()]
+        )
+        norm = true_norm(params, norm_type)
+        told = clip_grad_norm_(params, norm / 2, norm_type)
+        assert abs(told.item() - norm) <= 3e-7 * norm
+        for p in params:
+            torch.testing.assert_close(full(p.grad), whole / 2)
+
+
+def test_placements(tmp_path: Path) -> None:
+    """``clip_grad_norm_`` counts each element of a distributed gradient once."""
+    workers.run(clip_placements, tmp_path)

@@ -1,0 +1,98 @@
+"""``ema_weights``: averages in the place of the parameters, for the time of a block."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import Row
+from onepass import all_dtypes, copies
+from oracle import all_params, assert_equal
+from snapshot import Snapshot
+from test_averages import BUILD, all_of, run
+from twins import parameters, random_grad
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+def test_swapped_in_and_out(row: Row, dtype: Any, fails: bool) -> None:
+    """In the block the parameters are the averages; after it all is as before, bit for bit."""
+    build = all_dtypes((33, 5), (257,), ())
+    optimizer = row.ours([*build(), *build()], **row.rich, ema_decay=0.9, ema_dtype=dtype)
+    params = all_params(optimizer)
+    for steps in (3, 1):
+        for _ in range(steps):
+            for i, p in enumerate(params):
+                p.grad = random_grad(p) if i % 5 else None  # some have no average
+            optimizer.step()
+        averages = [optimizer.state.get(p, {}).get("ema") for p in params]
+        pointers = [t.data_ptr() for t in (*params, *averages) if t is not None]
+        before, old, kept = all_of(optimizer), copies(averages), copies(params)
+        try:
+            with optimizer.ema_weights():
+                for p, value, average in zip(params, kept, old, strict=True):
+                    assert_equal(p.detach(), value if average is None else average.to(p.dtype))
+                    if average is not None and average.dtype == p.dtype:
+                        assert_equal(optimizer.state[p]["ema"], value)
+                assert any(not torch.equal(p, v) for p, v in zip(params, kept, strict=True))
+                if fails:
+                    raise Stop
+        except Stop:
+            assert fails
+        assert_equal(all_of(optimizer), before)
+        assert pointers == [t.data_ptr() for t in (*params, *averages) if t is not None]
+
+
+def test_no_weights_to_swap(row: Row) -> None:
+    """An error, and nothing changed: without averages, before the first, and inside of itself."""
+    for extras in ({}, {"ema_decay": 0.9}):
+        optimizer = row.ours(BUILD(), **row.rich, **extras)
+        before = all_of(optimizer)
+        with pytest.raises(RuntimeError), optimizer.ema_weights():
+            raise AssertionError("the block was entered")
+        assert_equal(all_of(optimizer), before)
+    run(optimizer, None, 3)
+    before = all_of(optimizer)
+    with optimizer.ema_weights():
+        inside = all_of(optimizer)
+        with pytest.raises(RuntimeError), optimizer.ema_weights():
+            raise AssertionError("the inner block was entered")
+        assert_equal(all_of(optimizer), inside)
+    assert_equal(all_of(optimizer), before)
+
+
+ACTS: dict[str, Callable[[Any], Any]] = {
+    "step": lambda o: o.step(),
+    "state_dict": lambda o: o.state_dict(),
+    "load_state_dict": lambda o: o.load_state_dict(SAVED[type(o)]),
+    "add_param_group": lambda o: o.add_param_group({"params": parameters((5,))()}),
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+}
+SAVED: dict[type, Any] = {}
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_refused_in_the_block(row: Row, act: str) -> None:
+    """What would mistake averages for parameters is refused there, and works again after it."""
+    optimizer = row.ours(BUILD(), **row.rich, ema_decay=0.9)
+    run(optimizer, None, 3)
+    SAVED[type(optimizer)] = copy.deepcopy(optimizer.state_dict())
+    before, groups = all_of(optimizer), len(optimizer.param_groups)
+    with optimizer.ema_weights():
+        snapshot = Snapshot(optimizer)
+        with pytest.raises(RuntimeError):
+            ACTS[act](optimizer)
+        snapshot.assert_unchanged()
+    assert_equal(all_of(optimizer), before)
+    assert len(optimizer.param_groups) == groups
+    ACTS[act](optimizer)
+    run(optimizer, None, 1)

@@ -1,0 +1,136 @@
+"""What the extras may be set to, and what keeps them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from cases import ORDINARY_SHAPES, Row
+from onepass import EXTRAS, INF, NAN, Extended, copies, extras_of
+from oracle import all_params, assert_equal
+from snapshot import Snapshot
+from twins import parameters
+
+BUILD = parameters(*ORDINARY_SHAPES, (257,))
+
+INVALID = r"Invalid decay value .* provided. Please provide a value in \[0,1\] range."
+ANY = (TypeError, ValueError)
+BAD: tuple[tuple[str, Any, Any], ...] = (
+    *[
+        (name, v, ValueError)
+        for name in ("max_grad_norm", "clip_grad_value")
+        for v in (-1, -INF, NAN)
+    ],
+    *[(name, v, ANY) for name in ("max_grad_norm", "clip_grad_value") for v in ("many", [1.0], 1j)],
+    *[("norm_type", v, ValueError) for v in (0, 1, 3.0, -INF, NAN, -2)],
+    *[("norm_type", v, ANY) for v in (None, "two", [2.0])],
+    *[("ema_decay", v, ValueError) for v in (-0.1, 1.001, 2, INF, NAN)],
+    *[("ema_decay", v, ANY) for v in ("much", [0.9], 1j)],
+    *[
+        ("ema_dtype", v, ValueError)
+        for v in (torch.float64, torch.bfloat16, torch.int32, "float32")
+    ],
+    *[("clear_grads", v, ValueError) for v in ("zeros", "none", "", None, 2, [])],
+)
+GOOD = {
+    "max_grad_norm": 1.5,
+    "norm_type": INF,
+    "error_if_nonfinite": True,
+    "clip_grad_value": 0.5,
+    "skip_nonfinite": True,
+    "ema_decay": 0.9,
+    "ema_dtype": torch.float32,
+    "clear_grads": "zero",
+}
+FULL = {name: value for name, value in GOOD.items() if name != "error_if_nonfinite"}
+
+
+@pytest.mark.parametrize(("name", "value", "error"), BAD, ids=str)
+def test_refused(row: Row, name: str, value: Any, error: Any) -> None:
+    """By the constructor, and by the attribute, which then keeps its value."""
+    words = INVALID if name == "ema_decay" and error is ValueError else None
+    with pytest.raises(error, match=words):
+        row.ours(BUILD(), **row.rich, **{name: value})
+    for extras in ({}, FULL):
+        twins = Extended(row, BUILD, extras, **row.rich)
+        twins.grads()
+        before, snapshot = extras_of(twins.ours), Snapshot(twins.ours)
+        with pytest.raises(error, match=words):
+            setattr(twins.ours, name, value)
+        assert extras_of(twins.ours) == before
+        snapshot.assert_unchanged()
+        twins.step()
+        twins.check()
+
+
+def test_skipping_and_raising_are_alternatives(row: Row) -> None:
+    """Both flags together are refused, in whatever order they come."""
+    names = ("skip_nonfinite", "error_if_nonfinite")
+    with pytest.raises(ValueError):
+        row.ours(BUILD(), **row.rich, **dict.fromkeys(names, True))
+    for first, second in (names, names[::-1]):
+        optimizer = row.ours(BUILD(), **row.rich, **{first: True})
+        with pytest.raises(ValueError):
+            setattr(optimizer, second, True)
+        assert getattr(optimizer, first) is True and getattr(optimizer, second) is False
+        setattr(optimizer, first, False)
+        setattr(optimizer, second, True)
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_not_in_a_group(row: Row, name: str) -> None:
+    """The extras are the optimizer's: a group that brings one is refused, even the default."""
+    for value in (EXTRAS[name], GOOD[name]):
+        group = {"params": parameters((5,))(), name: value}
+        with pytest.raises(ValueError):
+            row.ours([{"params": BUILD()}, group], **row.rich)
+        twins = Extended(row, BUILD, {}, **row.rich)
+        with pytest.raises(ValueError):
+            twins.ours.add_param_group(group)
+        assert len(twins.ours.param_groups) == 1
+        twins.run(1)
+
+
+@pytest.mark.parametrize("name", [n for n in EXTRAS if n not in ("norm_type", "ema_dtype")])
+def test_not_where_steps_are_differentiable(row: Row, name: str) -> None:
+    """With ``differentiable`` none can be set."""
+    with pytest.raises(ValueError):
+        row.ours(BUILD(), **row.plain, differentiable=True, **{name: GOOD[name]})
+    optimizer = row.ours(BUILD(), **row.plain, differentiable=True)
+    with pytest.raises(ValueError):
+        setattr(optimizer, name, GOOD[name])
+    assert extras_of(optimizer) == EXTRAS
+
+
+def test_by_keyword_only(row: Row) -> None:
+    """No positional argument after stock's, and none of them is an option of stock's."""
+    options = [value for name, value in row.ours(BUILD(), **row.plain).defaults.items()]
+    for count in range(len(options), len(options) + 4):
+        with pytest.raises((TypeError, ValueError, AttributeError)):
+            row.ours(BUILD(), *options, *[None] * count)
+    assert extras_of(row.ours(BUILD(), **row.plain)) == EXTRAS
+    assert not EXTRAS.keys() & row.ours(BUILD(), **row.rich, **FULL).param_groups[0].keys()
+
+
+@pytest.mark.parametrize(
+    "extras", [{}, FULL, {"error_if_nonfinite": True}], ids=["none", "full", "error"]
+)
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_kept_by_copies(row: Row, way: Any, extras: Any) -> None:
+    """A copy does what the original does, and neither touches the other's."""
+    twins = Extended(row, BUILD, extras, **row.rich)
+    twins.run(2)
+    other = way(twins.ours)
+    assert extras_of(other) == {**EXTRAS, **extras}
+    assert other.skipped_steps == 0
+    twins.grads()
+    for p, q in zip(all_params(twins.ours), all_params(other), strict=True):
+        q.grad = p.grad.clone()
+    other.step()
+    twins.step()
+    assert_equal(copies(all_params(other)), copies(all_params(twins.ours)))
+    other.max_grad_norm = 99.0
+    assert twins.ours.max_grad_norm == {**EXTRAS, **extras}["max_grad_norm"]
