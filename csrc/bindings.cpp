@@ -205,6 +205,9 @@ PYBIND11_MODULE(_C, module) {
       "The norm of a list's tensors together, or of their grads, of order infinity (or 2) in "
       "double; how many there are; whether any is float64; and the numbers of those that were "
       "left out: not plain ones on the CPU.");
+  module.def("clip_factor", &fastsgd::clip_factor,
+             "What gradients of a norm, a float64 or else a float32, are multiplied by, as torch "
+             "computes it.");
   module.def(
       "scale",
       [](const py::list& tensors, bool of_grads, double factor) {

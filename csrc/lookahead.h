@@ -33,12 +33,6 @@ class Lookahead {
     if (const auto* grad = grad_at(ahead)) prefetch<kStorageBytes>(storage_of(*grad));
   }
 
-  FASTSGD_PREFETCHING void fetch_grad_memory(Py_ssize_t ahead) const {
-    const auto* grad = grad_at(ahead);
-    auto* storage = grad == nullptr ? nullptr : storage_of(*grad);
-    if (storage != nullptr) prefetch(storage->_mutable_data_ptr_no_checks().get());
-  }
-
   // What is freed with a gradient: its parts, and the allocator's notes, which lie beside each. Of
   // its memory a line is enough, as nobody reads it.
   FASTSGD_PREFETCHING void fetch_grad_to_free(Py_ssize_t ahead) const {

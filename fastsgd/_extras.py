@@ -105,6 +105,44 @@ class Extra:
             optimizer.__dict__["_extras"] = extras
 
 
+# What the docstring of every optimizer ends with.
+DOC = """
+    One pass. Every optimizer of fastsgd also takes, keyword-only, what training loops do around a
+    step, and does it in the step's own pass over memory. Each is an attribute too, which may be set
+    between steps. They belong to the optimizer, not to a group, and cannot be had with
+    ``differentiable=True``.
+
+    Args:
+        max_grad_norm: Scale all gradients together down to this norm, at least 0, as
+            :func:`torch.nn.utils.clip_grad_norm_` does, but without writing them: the step takes
+            ``g * min(1, max_grad_norm / (norm + 1e-6))``. None (the default) for none.
+        norm_type: Order of the norm, 2 (the default) or inf.
+        error_if_nonfinite: Raise torch's RuntimeError where the norm is not finite.
+        clip_grad_value: Take the elements of gradients, after ``max_grad_norm``, as clamped to this
+            distance from 0, as :func:`torch.nn.utils.clip_grad_value_` does. None for none.
+        skip_nonfinite: Leave parameters, states, step counts and averages alone in a step in which
+            any element of any gradient is infinite or NaN, and count it in ``skipped_steps``.
+        ema_decay: Keep an exponential moving average of each parameter in its state ``ema``,
+            ``ema = ema_decay * ema + (1 - ema_decay) * p`` after each step, the parameter itself
+            after the first: as :class:`torch.optim.swa_utils.AveragedModel` with
+            :func:`~torch.optim.swa_utils.get_ema_multi_avg_fn`. A number in [0, 1], or a callable
+            that is given the number of the average, from 1 on, and returns one. None for none.
+        ema_dtype: None to keep averages in the parameter's dtype; ``torch.float32`` to keep those
+            of bfloat16 and float16 parameters in float32.
+        clear_grads: True to set every gradient to None after the step; ``"zero"`` to keep the
+            tensors and fill them with zeros. Of steps that are skipped too.
+
+    Attributes:
+        grad_norm: The total norm at the last step, before clipping, of unscaled gradients.
+        skipped_steps: How many steps ``skip_nonfinite`` has skipped.
+
+    ``with optimizer.ema_weights():`` has the parameters hold their averages for a while.
+
+    Raises:
+        ValueError: If one of these is out of its range, or stands in a group.
+        TypeError: If one is of another type.
+"""
+
 # By name, in the order in which the constructors take them.
 EXTRAS: dict[str, Extra] = {}
 

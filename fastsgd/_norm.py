@@ -113,7 +113,6 @@ def raise_if_nonfinite(norm: Tensor, norm_type: float) -> None:
         )
 
 
-@torch.no_grad()
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
@@ -152,32 +151,45 @@ def clip_grad_norm_(
         return torch.nn.utils.clip_grad_norm_(
             parameters, max_norm, norm_type, error_if_nonfinite, foreach
         )
-    generator = isinstance(parameters, types.GeneratorType)
-    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    if generator and not params:
-        warnings.warn(
-            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3
-        )
+    params = parameters
+    if not isinstance(params, list):
+        params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if not params and isinstance(parameters, types.GeneratorType):
+            warnings.warn(
+                "`parameters` is an empty generator, no gradient clipping will occur.",
+                stacklevel=3,
+            )
     value, count, any_double, left = _C.norm_of(params, True, math.isinf(norm_type))
     others = [grad for i in left if (grad := params[i].grad) is not None]
+    if not others:
+        norm = torch.tensor(value, dtype=torch.float64 if any_double else torch.float32)
+        if error_if_nonfinite:
+            raise_if_nonfinite(norm, norm_type)
+        clipped_by = _C.clip_factor(value, any_double, max_norm)
+        if clipped_by != 1:
+            _scale(params, left, clipped_by)
+        return norm
     if any(grad.layout != torch.strided for grad in others):  # which torch refuses
         return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
-    if others:
+    with torch.no_grad():
         grads = [param.grad for param in params if param.grad is not None]
         norm = total_norm(grads, norm_type).to(norm_dtype(grads))
-    else:
-        norm = torch.tensor(value, dtype=torch.float64 if any_double else torch.float32)
-    if error_if_nonfinite:
-        raise_if_nonfinite(norm, norm_type)
-    factor = clip_factor(norm, max_norm)
-    if count:
-        number = factor.item()
-        if number != 1:
-            for i in _C.scale(params, True, number):
-                if i not in left:
-                    params[i].grad.mul_(number)  # type: ignore[union-attr]
-    for grad in others:
-        # A part of a distributed one, whatever it is of, is multiplied as the whole is.
-        part = grad.to_local() if hasattr(grad, "to_local") else grad
-        part.mul_(factor.to(part.device))
+        if error_if_nonfinite:
+            raise_if_nonfinite(norm, norm_type)
+        factor = clip_factor(norm, max_norm)
+        if count:
+            _scale(params, left, factor.item())
+        for grad in others:
+            # A part of a distributed one, whatever it is of, is multiplied as the whole is.
+            part = grad.to_local() if hasattr(grad, "to_local") else grad
+            part.mul_(factor.to(part.device))
     return norm
+
+
+@torch.no_grad()
+def _scale(params: list[Tensor], but: list[int], factor: float) -> None:
+    """Multiply gradients by a factor, but those of some numbers."""
+    for i in _C.scale(params, True, factor):
+        grad = params[i].grad
+        if grad is not None and i not in but:
+            grad.mul_(factor)

@@ -23,7 +23,7 @@ from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 from fastsgd import _C, _build_info, _norm
 from fastsgd._averages import Average, WithAverages
 from fastsgd._check import rebuild_command
-from fastsgd._extras import WithExtras, checked_decay, signature_with_extras
+from fastsgd._extras import DOC, WithExtras, checked_decay, signature_with_extras
 
 Step = Callable[..., Any]
 # For each group, indices of parameters; without any group, every parameter is meant.
@@ -47,6 +47,7 @@ class FusedStep(WithAverages):
             # As torch wrote it: without the wrapper that runs the hooks, which step() runs itself.
             written = inspect.unwrap(super().step)
             cls.step = _make_step(_use_grad_for_differentiable(written))  # type: ignore[method-assign]
+            cls.__doc__ = (cls.__doc__ or "").rstrip() + "\n" + DOC
             cls.__init__ = _make_init(super(WithExtras, cls).__init__)  # type: ignore[method-assign]
 
     @property

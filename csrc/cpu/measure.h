@@ -62,20 +62,27 @@ struct Sums {
       }
     }
   }
+  // Halves the lanes until one is left: registers first, then what is in the last.
   template <bool kRest>
-  FASTSGD_LANE PieceMeasured total() const {
-    double sums[kMeasureLanes], rests[kMeasureLanes];
-    std::memcpy(sums, sum, sizeof(sums));
-    if constexpr (kRest) std::memcpy(rests, rest, sizeof(rests));
-    for (int half = kMeasureLanes / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) {
-        if constexpr (kRest) {
-          add_keeping_rest(sums[i + half], sums[i], rests[i]);
-          rests[i] = rests[i] + rests[i + half];
-        } else {
-          sums[i] = sums[i] + sums[i + half];
-        }
+  FASTSGD_LANE PieceMeasured total() {
+    const auto join = [](auto& sum, auto& rest, const auto& other, const auto& others_rest) {
+      if constexpr (kRest) {
+        add_keeping_rest(other, sum, rest);
+        rest = rest + others_rest;
+      } else {
+        sum = sum + other;
       }
+    };
+    for (int half = kParts / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) join(sum[i], rest[i], sum[i + half], rest[i + half]);
+    }
+    double sums[kDoubles], rests[kDoubles];
+    std::memcpy(sums, sum, sizeof(sums));
+    std::memcpy(rests, rest, sizeof(rests));
+#pragma GCC unroll 8
+    for (int half = kDoubles / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < half; ++i) join(sums[i], rests[i], sums[i + half], rests[i + half]);
     }
     return {sums[0], kRest ? rests[0] : 0, false, Scaled::kNot};
   }
@@ -90,17 +97,15 @@ bool any_not_finite(const T* elements, std::int64_t count) {
   return false;
 }
 
-template <class T>
-PieceMeasured squares_scaled(const T* from, std::int64_t count, Scaled scaled) {
+template <Scaled kScaled, class T>
+FASTSGD_LANE PieceMeasured squares_scaled(const T* from, std::int64_t count) {
   constexpr bool kRest = sizeof(T) == sizeof(double);  // a float32's square leaves room to add to
-  const double factor = scaled == Scaled::kNot    ? 1
-                        : scaled == Scaled::kDown ? kScaledDown
-                                                  : kScaledUp;
-  const auto factors = broadcast<DoubleRegister>(factor);
+  constexpr double kFactor = kScaled == Scaled::kDown ? kScaledDown : kScaledUp;
+  const auto factors = broadcast<DoubleRegister>(kFactor);
   Sums sums{};
   const auto add = [&](Elements elements) {
     for (int i = 0; i < kParts; ++i) {
-      if (scaled != Scaled::kNot) elements.part[i] = elements.part[i] * factors;
+      if (kScaled != Scaled::kNot) elements.part[i] = elements.part[i] * factors;
     }
     sums.add_squares<kRest>(elements);
   };
@@ -112,20 +117,20 @@ PieceMeasured squares_scaled(const T* from, std::int64_t count, Scaled scaled) {
     add(elements_of(last));
   }
   PieceMeasured measured = sums.total<kRest>();
-  measured.scaled = scaled;
+  measured.scaled = kScaled;
   return measured;
 }
 
 template <class T>
 PieceMeasured squares(const char* memory, std::int64_t count) {
   const T* from = reinterpret_cast<const T*>(memory);
-  PieceMeasured measured = squares_scaled(from, count, Scaled::kNot);
+  PieceMeasured measured = squares_scaled<Scaled::kNot>(from, count);
   if (measured.high - measured.high != 0) {
-    if (!any_not_finite(from, count)) return squares_scaled(from, count, Scaled::kDown);
+    if (!any_not_finite(from, count)) return squares_scaled<Scaled::kDown>(from, count);
     measured.low = 0;
     measured.not_finite = true;
   } else if (sizeof(T) == sizeof(double) && measured.high < kSmallSquares) {
-    return squares_scaled(from, count, Scaled::kUp);
+    return squares_scaled<Scaled::kUp>(from, count);
   }
   return measured;
 }
