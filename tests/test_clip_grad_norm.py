@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import isolated
 import pytest
 import torch
 from cases import EXACT, HALVES, HUGE
@@ -135,3 +136,21 @@ def test_function_takes_what_torch_takes(kind: Any, norm_type: float, strict: bo
     torch.testing.assert_close(grad, right, equal_nan=True)
     if isinstance(theirs, Tensor):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_bits_on_every_instruction_set() -> None:
+    """The width of the registers does not show in a norm, of whatever dtype and order."""
+    code = """
+    import torch
+    from fastsgd import _C
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        sizes = (1, 3, 17, 100, 8191, 8192, 8193, 100_003)
+        grads = [((torch.arange(n) * 7919 % 1000 - 500) / 7).to(dtype) for n in sizes]
+        for infinity in (False, True):
+            print(_C.norm_of(grads, False, infinity)[0].hex())
+    """
+    told = {
+        isolated.run(code, env={"ATEN_CPU_CAPABILITY": name})
+        for name in ("default", "avx2", "avx512")
+    }
+    assert len(told) == 1 and len(told.pop().split()) == 8
