@@ -38,15 +38,19 @@ Engine::Engine(std::unique_ptr<Device> device) : device_(std::move(device)) {}
 
 Engine::~Engine() {
   if (!ever_captured()) return;
+  set_aside();
   struct Rest {
-    std::vector<Held> kept, held;
+    std::vector<Held> kept;
     std::vector<Table> hypers_kept;
-    Table hypers;
     c10::DataPtr ticket;
   };
   static auto& rests = *new std::vector<Rest>;
-  rests.push_back({std::move(kept_), std::move(held_), std::move(hypers_kept_), std::move(hypers_),
-                   std::move(ticket_)});
+  rests.push_back({std::move(kept_), std::move(hypers_kept_), std::move(ticket_)});
+}
+
+void Engine::set_aside() {
+  for (Held& held : held_) kept_.push_back(std::exchange(held, {}));
+  hypers_kept_.push_back(std::exchange(hypers_, {}));
 }
 
 Engine::Batch& Engine::batch_for(const Span& span) {
@@ -150,10 +154,7 @@ void Engine::prepare(const Work& work) {
   hypers_here_ = &work.hypers;
   // What a replay will read is not to be written by a later step, nor by another capture.
   const bool captures = device_->captures();
-  if (captures || captured_) {
-    for (Held& held : held_) kept_.push_back(std::exchange(held, {}));
-    hypers_kept_.push_back(std::exchange(hypers_, {}));
-  }
+  if (captures || captured_) set_aside();
   captured_ = captures;
   if (!ticket_) {
     auto ticket = device_->allocate(sizeof(unsigned));

@@ -71,6 +71,8 @@ class Engine {
     Table items, chunks, layouts, grads;
   };
 
+  // Keeps the tables as a graph reads them; those of the next step are others.
+  void set_aside();
   Batch& batch_for(const Span& span);
   void collect(const Work& work);
   void cut(Batch& batch) const;
