@@ -18,6 +18,7 @@ from twins import parameters, random_grad
 
 import fastsgd
 from fastsgd import _C
+from fastsgd.bench.device import asked_of_device
 
 pytestmark = on_device
 CUDA = Place()
@@ -72,19 +73,9 @@ def test_nothing_waits(row: Row) -> None:
 
 def launches_and_waits(act: Callable[[], Any]) -> tuple[int, int, int]:
     """Count kernels launched, copies and waits, by what the profiler saw the host call."""
-    from torch.profiler import ProfilerActivity, profile
-
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        act()
-    names = [event.name for event in seen.events()]
-    starting = lambda *starts: sum(name.startswith(starts) for name in names)  # noqa: E731
-    return (
-        starting("cudaLaunchKernel", "cuLaunchKernel"),
-        starting("cudaMemcpy", "cudaMemset"),
-        # The profiler itself ends in one wait for the device.
-        starting("cudaStreamSynchronize", "cudaEventSynchronize"),
-    )
+    asked = asked_of_device(act)
+    return asked["launches"], asked["copies"], asked["waits"]
 
 
 def test_one_launch_a_dtype(row: Row) -> None:
