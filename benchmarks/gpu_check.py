@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # These wait for other processes, or install things: they are for a machine that is built on.
 LEFT_OUT = {"test_install.py", "test_demo.py", "test_bench.py"}
+# What is not ours of the modules that tests import: a machine for them may lack it.
+MAY_LACK = {"expecttest", "hypothesis", "numpy", "setuptools"}
 NOT_COLLECTED = 2  # pytest's: the file could not be imported, and none of its tests ran
 NOTHING_TO_RUN = 5  # pytest's: the whole file is skipped
 TIMED_OUT = 124  # the command `timeout`'s
@@ -67,6 +69,19 @@ def run(*command: Any, timeout: float = 600, **variables: str) -> tuple[int, str
     return done.returncode, done.stdout[-3000:]
 
 
+def lacking(status: int, text: str) -> str | None:
+    """Return the error of a run of pytest that could not start for want of a module not ours.
+
+    A test that lacks a module has failed, and so has a file that lacks one of ours.
+    """
+    errors = re.findall(r"^E +(.*)", text, flags=re.M)
+    if status != NOT_COLLECTED or not errors:
+        return None
+    # The last is what ended the import; before it are those that were handled.
+    missing = re.fullmatch(r"ModuleNotFoundError: No module named '(\w+)[\w.]*'", errors[-1])
+    return errors[-1] if missing and missing[1] in MAY_LACK else None
+
+
 def tests() -> dict[str, str]:
     """Run each file of tests, several at a time; the last line of each, or why it was left out."""
     files = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if p.name not in LEFT_OUT]
@@ -85,10 +100,8 @@ def tests() -> dict[str, str]:
         ]
         marks = ["-m", ""] if path.name == "test_cuda.py" else []
         status, text = run(*command, *marks)
-        # A test that lacks a module has failed; a file that cannot be imported for it is left out.
-        missing = re.search(r"^E +(ModuleNotFoundError: .*)", text, flags=re.M)
-        if status == NOT_COLLECTED and missing:
-            return path.name, f"left out: {missing[1]}"
+        if error := lacking(status, text):
+            return path.name, f"left out: {error}"
         well = status in (0, NOTHING_TO_RUN)
         if not well:
             print(f"--- {path.name}\n{text}", flush=True)
