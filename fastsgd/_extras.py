@@ -17,10 +17,10 @@ from torch.optim.optimizer import Optimizer
 Values = dict[str, Any]
 
 
-def _number(name: str, value: Any, allows_inf: bool = True) -> float:
+def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    if not 0 <= value or (math.isinf(value) and not allows_inf):
+    if not 0 <= value:
         raise ValueError(f"Invalid {name}: {value}. It must be a number, and at least 0.")
     return float(value)
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,14 +18,11 @@ from torch.autograd.profiler import record_function
 from torch.compiler import is_compiling
 from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
-from fastsgd import _C, _build_info, _norm
-from fastsgd._averages import Average, WithAverages
-from fastsgd._check import rebuild_command
-from fastsgd._extras import DOC, WithExtras, checked_decay, signature_with_extras
-
-Step = Callable[..., Any]
-# For each group, indices of parameters; without any group, every parameter is meant.
-Routes = list[list[int]]
+from fastsgd import _C
+from fastsgd._averages import WithAverages
+from fastsgd._extras import DOC, WithExtras, signature_with_extras
+from fastsgd._stock import Step, step_as_stock, step_in_parts
+from fastsgd._stock_extras import step_with_extras
 
 
 class FusedStep(WithAverages):
@@ -108,11 +103,13 @@ def _make_step(stock_step: Step) -> Step:
                 loss = closure()
         routes = _C.step_or_route(self)
         if routes is not None:
-            step_as_stock = functools.partial(_step_as_stock, stock_step=stock_step)
+            in_torch = functools.partial(step_as_stock, stock_step=stock_step)
             if "_extras" in self.__dict__:
-                _step_with_extras(self, step_as_stock, routes)
+                step_with_extras(self, in_torch, routes)
+                if self.clear_grads:
+                    FusedStep.zero_grad(self, set_to_none=self.clear_grads is True)
             else:
-                _step_in_parts(self, step_as_stock, routes)
+                step_in_parts(self, in_torch, routes)
         return loss
 
     # The hooks, their protocol and the profiler's record are torch's own code.
@@ -129,238 +126,6 @@ def _make_step(stock_step: Step) -> Step:
 
     step.hooked = True  # type: ignore[attr-defined]  # keeps torch from wrapping it once more
     return step
-
-
-# --- torch's own path ---------------------------------------------------------------------------
-
-
-def _step_in_parts(optimizer: Optimizer, step_as_stock: Step, routes: Routes) -> None:
-    """Step the parameters that ``routes`` names in torch's code, then the others in the kernels."""
-    groups = optimizer.param_groups
-    if not routes:
-        step_as_stock(optimizer)
-        return
-    theirs = [
-        [group["params"][i] for i in route] for group, route in zip(groups, routes, strict=True)
-    ]
-    ours = [
-        [param for i, param in enumerate(group["params"]) if i not in route]
-        for group, route in zip(groups, map(set, routes), strict=True)
-    ]
-    if any(theirs):
-        with _params_replaced(groups, theirs):
-            step_as_stock(optimizer)
-    with _params_replaced(groups, ours):
-        routes_left = _C.step_or_route(optimizer)
-        if routes_left is not None:
-            _step_in_parts(optimizer, step_as_stock, routes_left)
-
-
-def _step_as_stock(optimizer: Optimizer, stock_step: Step) -> None:
-    """Step every parameter in torch's single-tensor code, gradient scaling done before it."""
-    scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
-    if found_inf is not None and found_inf.item():
-        return
-    params = _params_of(optimizer)
-    _warn_of_devices(params)
-    scaling = {name: None for name in ("grad_scale", "found_inf") if hasattr(optimizer, name)}
-    with _unfused(optimizer.param_groups), _attributes_replaced(optimizer, scaling):
-        if scale is not None:
-            _unscale(params, scale)
-        stock_step(optimizer)
-
-
-def _params_of(optimizer: Optimizer) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
-def _unscale(params: list[Tensor], scale: Tensor) -> None:
-    """Divide the gradients by a scale in place, as torch's fused steps do."""
-    with torch.no_grad():
-        for param in params:
-            if param.grad is not None:
-                param.grad.div_(scale.to(param.grad.device))
-
-
-@contextmanager
-def _unfused(groups: list[dict[str, Any]]) -> Iterator[None]:
-    """Turn torch's other code off, for CPU parameters.
-
-    There its fused code is wrong in places, and its capturable code is only for other devices.
-    """
-    flags = ("foreach", "fused", "capturable")
-    changed = [
-        (group, {flag: group[flag] for flag in flags if group.get(flag)})
-        for group in groups
-        if any(param.device.type == "cpu" for param in group["params"])
-    ]
-    try:
-        for group, was in changed:
-            group.update(dict.fromkeys(was, False))
-        yield
-    finally:
-        for group, was in changed:
-            group.update(was)
-
-
-@contextmanager
-def _params_replaced(groups: list[dict[str, Any]], params: list[list[Tensor]]) -> Iterator[None]:
-    was = [group["params"] for group in groups]
-    try:
-        for group, replacement in zip(groups, params, strict=True):
-            group["params"] = replacement
-        yield
-    finally:
-        for group, original in zip(groups, was, strict=True):
-            group["params"] = original
-
-
-@contextmanager
-def _attributes_replaced(owner: object, attributes: dict[str, Any]) -> Iterator[None]:
-    was = {name: getattr(owner, name) for name in attributes}
-    try:
-        for name, value in attributes.items():
-            setattr(owner, name, value)
-        yield
-    finally:
-        for name, value in was.items():
-            setattr(owner, name, value)
-
-
-# --- extras where torch's code takes a part -------------------------------------------------------
-
-
-def _step_with_extras(optimizer: FusedStep, step_as_stock: Step, routes: Routes) -> None:
-    """Step in parts, with what the kernels would do around it done here for torch's part."""
-    extras = optimizer.__dict__["_extras"]
-    found_inf = getattr(optimizer, "found_inf", None)
-    taken = found_inf is None or not found_inf.item()
-    if taken:
-        scale = getattr(optimizer, "grad_scale", None)
-        factor = _factor(optimizer, scale)
-    if taken and factor is not None:
-        averaged = optimizer.__dict__.get("_ema_steps", 0)
-        decay = optimizer.ema_decay
-        if callable(decay):
-            decay = checked_decay(decay(averaged + 1))
-        average = Average(optimizer, decay or 0.0, not averaged, optimizer.ema_dtype)
-
-        def step_part(optimizer: FusedStep) -> None:
-            params = _params_of(optimizer)
-            if decay is not None:
-                average.begin(params)
-            unscaled = {name: None for name in ("grad_scale",) if scale is not None}
-            with (
-                _grads_treated(params, scale, factor, optimizer.clip_grad_value),
-                _attributes_replaced(optimizer, unscaled),
-            ):
-                step_as_stock(optimizer)
-            if decay is not None:
-                average.end(params)
-
-        bound = {key: extras[key] for key in ("clip_grad_value", "ema_dtype") if key in extras}
-        for_kernels = {**bound, "factor": factor, "ema_decay": decay}
-        with _attributes_replaced(optimizer, {"_extras": for_kernels}):
-            _step_in_parts(optimizer, step_part, routes)
-        if decay is not None:
-            optimizer.__dict__["_ema_steps"] = averaged + 1
-    if optimizer.clear_grads:
-        FusedStep.zero_grad(optimizer, set_to_none=optimizer.clear_grads is True)
-
-
-def _factor(optimizer: FusedStep, scale: Tensor | None) -> float | None:
-    """Return what gradients are to be multiplied by; None where the step is to be skipped."""
-    max_norm = optimizer.max_grad_norm
-    if max_norm is None and not optimizer.skip_nonfinite and not optimizer.error_if_nonfinite:
-        return 1.0
-    grads = [param.grad for param in _params_of(optimizer) if param.grad is not None]
-    with torch.no_grad():
-        norm = _norm.total_norm(grads, optimizer.norm_type)
-        if scale is not None:
-            norm = norm / scale.to(norm.device)
-        finite = bool(norm.isfinite())
-        norm = norm.to(_norm.norm_dtype(grads))
-        _C.note(optimizer, norm, optimizer.skip_nonfinite and not finite)
-        if optimizer.error_if_nonfinite:
-            _norm.raise_if_nonfinite(norm, optimizer.norm_type)
-        if optimizer.skip_nonfinite and not finite:
-            return None
-        return 1.0 if max_norm is None else _norm.clip_factor(norm, max_norm).item()
-
-
-@contextmanager
-def _grads_treated(
-    params: list[Tensor], scale: Tensor | None, factor: float, bound: float | None
-) -> Iterator[None]:
-    """Put copies that are unscaled and clipped in the gradients' place."""
-
-    def treated(values: Tensor) -> Tensor:
-        if scale is not None:
-            values = values / scale.to(values.device)
-        if factor != 1:
-            values = values * factor
-        return values if bound is None else values.clamp(-bound, bound)
-
-    def copy(grad: Tensor) -> Tensor:
-        if not grad.is_sparse:
-            return treated(grad)
-        if bound is not None:  # which is for the sum of what stands at one place
-            grad = grad.coalesce()
-        values = treated(grad._values())
-        return torch.sparse_coo_tensor(
-            grad._indices(), values, grad.shape, is_coalesced=grad.is_coalesced()
-        )
-
-    if scale is None and factor == 1 and bound is None:
-        yield
-        return
-    with torch.no_grad():
-        copies = [
-            (param, param.grad, copy(param.grad)) for param in params if param.grad is not None
-        ]
-    try:
-        for param, _, copied in copies:
-            param.grad = copied
-        yield
-    finally:
-        for param, grad, _ in copies:
-            param.grad = grad
-
-
-_warned_of: set[str] = set()
-
-
-def _warn_of_devices(params: list[Tensor]) -> None:
-    """Say once why parameters on a device take torch's path, where there are no kernels for it."""
-    for device in {param.device for param in params if param.device.type != "meta"}:
-        if _C.has_kernels_for(device):
-            continue
-        text = _why_not_on(device)
-        if text not in _warned_of:
-            _warned_of.add(text)
-            warnings.warn(text, stacklevel=2)
-
-
-def _why_not_on(device: torch.device) -> str:
-    fate = (
-        f"parameters on {device.type} are stepped by torch's own code, with torch's results and "
-        "torch's speed."
-    )
-    if device.type != "cuda":
-        return f"fastsgd has kernels for the CPU and for CUDA: {fate}"
-    rebuild = f"rebuild fastsgd with {rebuild_command()}"
-    kernels = _build_info.CUDA_KERNELS
-    if kernels is not None:
-        major, minor = torch.cuda.get_device_capability(device)
-        return (
-            f"fastsgd's CUDA kernels were compiled by {kernels}, not for {device} "
-            f"({torch.cuda.get_device_name(device)}, sm_{major}{minor}): {fate} For the fast path, "
-            f"set TORCH_CUDA_ARCH_LIST={major}.{minor} and {rebuild}."
-        )
-    return (
-        f"fastsgd has no CUDA kernels, as {_build_info.NO_CUDA_KERNELS} when it was built: {fate} "
-        f"For the fast path, {_build_info.CUDA_CURE}, then {rebuild}."
-    )
 
 
 def _reset_grad(param: Tensor, set_to_none: bool) -> None:

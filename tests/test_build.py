@@ -13,7 +13,7 @@ import pytest
 import torch
 from setuptools.errors import CompileError
 
-from fastsgd import _C, _build_info, _optimizer
+from fastsgd import _C, _build_info, _stock
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "setup.py").exists():
@@ -197,7 +197,7 @@ def test_the_nvcc_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch):
     """Step parameters on a device that is not there; return what is said."""
-    monkeypatch.setattr(_optimizer, "_warned_of", set())
+    monkeypatch.setattr(_stock, "_warned_of", set())
     monkeypatch.setattr(_C, "has_kernels_for", lambda device: device.type == "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
@@ -205,8 +205,8 @@ def on(monkeypatch: pytest.MonkeyPatch):
     def step(*devices: str) -> list[str]:
         params = [SimpleNamespace(device=torch.device(device)) for device in devices]
         with pytest.warns() as said:
-            _optimizer._warn_of_devices(params)
-            _optimizer._warn_of_devices(params)
+            _stock.warn_of_devices(params)
+            _stock.warn_of_devices(params)
         texts = [str(warning.message) for warning in said]
         return [text for text in texts if text.startswith("fastsgd")]  # setuptools warns too
 

@@ -1,0 +1,148 @@
+"""torch's own path: the step of what the kernels do not take, in torch's single-tensor code."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from fastsgd import _C, _build_info
+from fastsgd._check import rebuild_command
+
+Step = Callable[..., Any]
+# For each group, indices of parameters; without any group, every parameter is meant.
+Routes = list[list[int]]
+
+
+def step_in_parts(optimizer: Optimizer, step_as_stock: Step, routes: Routes) -> None:
+    """Step the parameters that ``routes`` names in torch's code, then the others in the kernels."""
+    groups = optimizer.param_groups
+    if not routes:
+        step_as_stock(optimizer)
+        return
+    theirs = [
+        [group["params"][i] for i in route] for group, route in zip(groups, routes, strict=True)
+    ]
+    ours = [
+        [param for i, param in enumerate(group["params"]) if i not in route]
+        for group, route in zip(groups, map(set, routes), strict=True)
+    ]
+    if any(theirs):
+        with _params_replaced(groups, theirs):
+            step_as_stock(optimizer)
+    with _params_replaced(groups, ours):
+        routes_left = _C.step_or_route(optimizer)
+        if routes_left is not None:
+            step_in_parts(optimizer, step_as_stock, routes_left)
+
+
+def step_as_stock(optimizer: Optimizer, stock_step: Step) -> None:
+    """Step every parameter in torch's single-tensor code, gradient scaling done before it."""
+    scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+    if found_inf is not None and found_inf.item():
+        return
+    params = params_of(optimizer)
+    warn_of_devices(params)
+    scaling = {name: None for name in ("grad_scale", "found_inf") if hasattr(optimizer, name)}
+    with _unfused(optimizer.param_groups), attributes_replaced(optimizer, scaling):
+        if scale is not None:
+            _unscale(params, scale)
+        stock_step(optimizer)
+
+
+def params_of(optimizer: Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _unscale(params: list[Tensor], scale: Tensor) -> None:
+    """Divide the gradients by a scale in place, as torch's fused steps do."""
+    with torch.no_grad():
+        for param in params:
+            if param.grad is not None:
+                param.grad.div_(scale.to(param.grad.device))
+
+
+@contextmanager
+def _unfused(groups: list[dict[str, Any]]) -> Iterator[None]:
+    """Turn torch's other code off, for CPU parameters.
+
+    There its fused code is wrong in places, and its capturable code is only for other devices.
+    """
+    flags = ("foreach", "fused", "capturable")
+    changed = [
+        (group, {flag: group[flag] for flag in flags if group.get(flag)})
+        for group in groups
+        if any(param.device.type == "cpu" for param in group["params"])
+    ]
+    try:
+        for group, was in changed:
+            group.update(dict.fromkeys(was, False))
+        yield
+    finally:
+        for group, was in changed:
+            group.update(was)
+
+
+@contextmanager
+def _params_replaced(groups: list[dict[str, Any]], params: list[list[Tensor]]) -> Iterator[None]:
+    was = [group["params"] for group in groups]
+    try:
+        for group, replacement in zip(groups, params, strict=True):
+            group["params"] = replacement
+        yield
+    finally:
+        for group, original in zip(groups, was, strict=True):
+            group["params"] = original
+
+
+@contextmanager
+def attributes_replaced(owner: object, attributes: dict[str, Any]) -> Iterator[None]:
+    was = {name: getattr(owner, name) for name in attributes}
+    try:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in was.items():
+            setattr(owner, name, value)
+
+
+_warned_of: set[str] = set()
+
+
+def warn_of_devices(params: list[Tensor]) -> None:
+    """Say once why parameters on a device take torch's path, where there are no kernels for it."""
+    for device in {param.device for param in params if param.device.type != "meta"}:
+        if _C.has_kernels_for(device):
+            continue
+        text = _why_not_on(device)
+        if text not in _warned_of:
+            _warned_of.add(text)
+            warnings.warn(text, stacklevel=2)
+
+
+def _why_not_on(device: torch.device) -> str:
+    fate = (
+        f"parameters on {device.type} are stepped by torch's own code, with torch's results and "
+        "torch's speed."
+    )
+    if device.type != "cuda":
+        return f"fastsgd has kernels for the CPU and for CUDA: {fate}"
+    rebuild = f"rebuild fastsgd with {rebuild_command()}"
+    kernels = _build_info.CUDA_KERNELS
+    if kernels is not None:
+        major, minor = torch.cuda.get_device_capability(device)
+        return (
+            f"fastsgd's CUDA kernels were compiled by {kernels}, not for {device} "
+            f"({torch.cuda.get_device_name(device)}, sm_{major}{minor}): {fate} For the fast path, "
+            f"set TORCH_CUDA_ARCH_LIST={major}.{minor} and {rebuild}."
+        )
+    return (
+        f"fastsgd has no CUDA kernels, as {_build_info.NO_CUDA_KERNELS} when it was built: {fate} "
+        f"For the fast path, {_build_info.CUDA_CURE}, then {rebuild}."
+    )

@@ -1,0 +1,115 @@
+"""What is done around the rule where torch's code steps a part of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fastsgd import _C, _norm
+from fastsgd._averages import Average, WithAverages
+from fastsgd._extras import checked_decay
+from fastsgd._stock import Routes, Step, attributes_replaced, params_of, step_in_parts
+
+
+def step_with_extras(optimizer: WithAverages, step_as_stock: Step, routes: Routes) -> None:
+    """Step in parts, with what the kernels would do around it done here for torch's part."""
+    extras = optimizer.__dict__["_extras"]
+    found_inf = getattr(optimizer, "found_inf", None)
+    taken = found_inf is None or not found_inf.item()
+    if taken:
+        scale = getattr(optimizer, "grad_scale", None)
+        factor = _factor(optimizer, scale)
+    if taken and factor is not None:
+        averaged = int(optimizer.__dict__.get("_ema_steps", 0))
+        decay = optimizer.ema_decay
+        if callable(decay):
+            decay = checked_decay(decay(averaged + 1))
+        average = Average(optimizer, decay or 0.0, not averaged, optimizer.ema_dtype)
+
+        def step_part(optimizer: WithAverages) -> None:
+            params = params_of(optimizer)
+            if decay is not None:
+                average.begin(params)
+            unscaled = {} if scale is None else {"grad_scale": None}
+            with (
+                _grads_treated(params, scale, factor, optimizer.clip_grad_value),
+                attributes_replaced(optimizer, unscaled),
+            ):
+                step_as_stock(optimizer)
+            if decay is not None:
+                average.end(params)
+
+        if decay is not None:
+            optimizer.__dict__["_ema_steps"] = averaged
+        bound = {key: extras[key] for key in ("clip_grad_value", "ema_dtype") if key in extras}
+        for_kernels = {**bound, "factor": factor, "ema_decay": decay}
+        with attributes_replaced(optimizer, {"_extras": for_kernels}):
+            step_in_parts(optimizer, step_part, routes)
+        if decay is not None:
+            optimizer.__dict__["_ema_steps"] = averaged + 1
+
+
+def _factor(optimizer: WithAverages, scale: Tensor | None) -> float | None:
+    """Return what gradients are to be multiplied by; None where the step is to be skipped."""
+    max_norm = optimizer.max_grad_norm
+    if max_norm is None and not optimizer.skip_nonfinite and not optimizer.error_if_nonfinite:
+        return 1.0
+    grads = [param.grad for param in params_of(optimizer) if param.grad is not None]
+    with torch.no_grad():
+        norm = _norm.total_norm(grads, optimizer.norm_type)
+        if scale is not None:
+            norm = norm / scale.to(norm.device)
+        finite = bool(norm.isfinite())
+        norm = norm.to(_norm.norm_dtype(grads))
+        _C.note(optimizer, norm, optimizer.skip_nonfinite and not finite)
+        if optimizer.error_if_nonfinite:
+            _norm.raise_if_nonfinite(norm, optimizer.norm_type)
+        if optimizer.skip_nonfinite and not finite:
+            return None
+        return 1.0 if max_norm is None else _norm.clip_factor(norm, max_norm).item()
+
+
+@contextmanager
+def _grads_treated(
+    params: list[Tensor], scale: Tensor | None, factor: float, bound: float | None
+) -> Iterator[None]:
+    """Put copies that are unscaled and clipped in the gradients' place."""
+
+    def treated(values: Tensor) -> Tensor:
+        if scale is not None:
+            values = values / scale.to(values.device)
+        if factor != 1:
+            values = values * factor
+        return values if bound is None else values.clamp(-bound, bound)
+
+    def copy(grad: Tensor) -> Tensor:
+        if not grad.is_sparse:
+            return treated(grad)
+        if bound is not None:  # which is for the sum of what stands at one place
+            grad = grad.coalesce()
+        values = treated(grad._values())
+        return torch.sparse_coo_tensor(
+            grad._indices(),
+            values,
+            grad.shape,
+            is_coalesced=grad.is_coalesced(),
+            check_invariants=False,
+        )
+
+    if scale is None and factor == 1 and bound is None:
+        yield
+        return
+    with torch.no_grad():
+        copies = [
+            (param, param.grad, copy(param.grad)) for param in params if param.grad is not None
+        ]
+    try:
+        for param, _, copied in copies:
+            param.grad = copied
+        yield
+    finally:
+        for param, grad, _ in copies:
+            param.grad = grad
