@@ -24,6 +24,8 @@ from fastsgd.bench.check import CHECK_LR, CHECK_STEPS, make_steps, wrong_element
 from fastsgd.bench.contestants import Inputs, parameters_of, set_options
 from fastsgd.bench.device import asked_of_device
 from fastsgd.bench.measure import Spread, undisturbed
+from fastsgd.bench.one_pass import Chain, Ours, Stock
+from fastsgd.bench.one_pass import check as check_chain
 from fastsgd.bench.rules import RULES, Mode, Rule
 from fastsgd.bench.shapes import SHAPES, Shape
 
@@ -32,6 +34,8 @@ MORE_SHAPES = {
     "100x65536": Shape("100x65536", ((65536,),) * 100),
     "1 Gi": Shape("1 Gi", ((2**26,),) * 16),
 }
+CHAIN = Chain("AdamW, clip, average", "gpt-2", "adamw", zeros=False)
+CHAIN_BARS = ("launches", 2), ("waits", 0), ("fused_ratio", 2), ("of_copy", 0.90)
 PAIRS = 15
 CALLS = 20  # of a block whose calls are short: fewer than a device's queue holds
 BLOCK_SECONDS = 0.05  # of one whose calls are long
@@ -196,20 +200,44 @@ def line_of(shape: Shape, rule: Rule, timer: Timer) -> Line:
     if ratios:
         line.figures["total_ratio"] = min(ratios)
     if shape.large:
-        line.figures["of_copy"] = of_copy(shape, rule, ours, timer)
+        moved, touched = rule.bytes_moved(shape), rule.bytes_touched(shape)
+        line.figures["of_copy"] = of_copy(ours.step, moved, touched, timer)
     return line
 
 
-def of_copy(shape: Shape, rule: Rule, ours: Optimizer, timer: Timer) -> float:
+def of_copy(step: Callable[[], object], moved: int, touched: int, timer: Timer) -> float:
     """Bytes a second of a step, over those of a copy within as much memory."""
-    count = rule.bytes_touched(shape) // 2 // torch.float32.itemsize
-    source = torch.ones(count, device=timer.device)
+    source = torch.ones(touched // 2 // torch.float32.itemsize, device=timer.device)
     target = torch.zeros_like(source)
-    a, b = timer.race(ours.step, lambda: target.copy_(source))
+    a, b = timer.race(step, lambda: target.copy_(source))
     return statistics.median(
-        rule.bytes_moved(shape) / x[1] / (2 * source.nbytes / y[1])
-        for x, y in zip(a, b, strict=True)
+        moved / x[1] / (2 * source.nbytes / y[1]) for x, y in zip(a, b, strict=True)
     )
+
+
+def chain_line(chain: Chain, timer: Timer) -> Line:
+    """Check a step that clips and averages, then race it with stock's chain, and with a copy."""
+    shape, rule = SHAPES[chain.shape], RULES[chain.rule]
+    inputs = Inputs(shape, values(shape, timer.device, 1), values(shape, timer.device, 2))
+    check_chain(chain, rule, inputs)
+    line = Line(shape.name, chain.title)
+    lr = rule.timed["lr"]
+    ours = Ours(chain, rule, inputs, lr)
+    for _ in range(2):
+        ours()
+    line.figures.update(asked_of_device(ours))
+    moved, touched = chain.bytes_moved(rule, shape), rule.bytes_touched(shape)
+    line.figures["of_copy"] = of_copy(ours, moved, touched, timer)
+    for mode in rule.rivals:
+        if mode.name == "default":
+            continue
+        stock = Stock(chain, rule, mode, inputs, lr)
+        a, b = timer.race(ours, stock)
+        spread = Spread.of([y[1] / x[1] for x, y in zip(a, b, strict=True)])
+        line.spreads[f"total {mode.name}"] = spread
+        line.figures[f"{mode.name}_ratio"] = spread.median
+        del stock
+    return line
 
 
 def launches(device: torch.device) -> Line:
@@ -244,6 +272,10 @@ def lines(timer: Timer, shapes: list[str] | None) -> Iterator[Line]:
         yield line
         if timer.device.type == "cuda":
             torch.cuda.empty_cache()
+    if shapes is None or CHAIN.shape in shapes:
+        line = chain_line(CHAIN, timer)
+        line.judge([Bar(figure, limit) for figure, limit in CHAIN_BARS])
+        yield line
 
 
 def main() -> int:

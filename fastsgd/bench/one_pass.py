@@ -15,7 +15,7 @@ from fastsgd.bench.contest import Rival, Row, Settings, races_of
 from fastsgd.bench.contestants import Inputs, parameters_of
 from fastsgd.bench.measure import Runner
 from fastsgd.bench.rules import RULES, Mode, Rule
-from fastsgd.bench.shapes import SHAPES
+from fastsgd.bench.shapes import SHAPES, Shape
 from fastsgd.bench.steps import WrongResultError
 
 MAX_NORM = 1.0
@@ -32,7 +32,8 @@ class Chain:
         title: What the table calls it.
         shape: The name of the shape.
         rule: The name of the rule.
-        averages: Keep averages of the parameters, and zero the gradients in place.
+        averages: Keep averages of the parameters.
+        zeros: Zero the gradients in place.
         bare: Race it with stock's steps alone.
     """
 
@@ -40,14 +41,20 @@ class Chain:
     shape: str
     rule: str
     averages: bool = True
+    zeros: bool = True
     bare: bool = False
+
+    def bytes_moved(self, rule: Rule, shape: Shape) -> int:
+        """What one pass reads and writes: the norm reads gradients, an average is both."""
+        streams = 1 + 2 * self.averages + self.zeros
+        return rule.bytes_moved(shape) + streams * shape.dtype.itemsize * shape.elements
 
 
 CHAINS = (
     Chain("AdamW, all four", "1000x16", "adamw"),
     Chain("AdamW, all four", "2000x64", "adamw"),
     Chain("the same, bare", "2000x64", "adamw", bare=True),
-    Chain("momentum, clip", "resnet-50", "momentum", averages=False),
+    Chain("momentum, clip", "resnet-50", "momentum", averages=False, zeros=False),
     Chain("AdamW, all four", "resnet-50", "adamw"),
     Chain("AdamW, all four", "gpt-2", "adamw"),
 )
@@ -80,9 +87,11 @@ class Ours(Loop):
     def __init__(self, chain: Chain, rule: Rule, inputs: Inputs, lr: float) -> None:
         """Make the optimizer."""
         super().__init__(inputs.optimizer(rule.ours, rule, lr), inputs)
-        options = {"max_grad_norm": MAX_NORM}
-        if chain.averages:
-            options |= {"ema_decay": DECAY, "clear_grads": "zero"}  # type: ignore[dict-item]
+        options = {
+            "max_grad_norm": MAX_NORM,
+            "ema_decay": DECAY if chain.averages else None,
+            "clear_grads": "zero" if chain.zeros else False,
+        }
         for name, value in options.items():
             setattr(self.optimizer, name, value)
         self.averages = lambda: [self.optimizer.state[p]["ema"] for p in self.parameters]
@@ -100,6 +109,7 @@ class Stock(Loop):
         super().__init__(inputs.optimizer(mode, rule, lr), inputs)
         self.model = torch.nn.ParameterList(self.parameters)
         self.averaged = None
+        self.zeros = chain.zeros
         if chain.averages:
             gradients = [p.grad for p in self.parameters]
             for p in self.parameters:
@@ -126,6 +136,7 @@ class Stock(Loop):
         self.optimizer.step()
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
+        if self.zeros:
             self.optimizer.zero_grad(set_to_none=False)
 
 
@@ -158,9 +169,7 @@ def chain_row(chain: Chain, settings: Settings) -> Row:
             settings.tick()
         del stock
     if inputs.shape.large:
-        own = 3 if chain.averages else 1  # the norm reads gradients; averages, zeros
-        item = inputs.shape.dtype.itemsize * inputs.shape.elements
-        row.bytes_moved = rule.bytes_moved(inputs.shape) + own * item + item * chain.averages
+        row.bytes_moved = chain.bytes_moved(rule, inputs.shape)
         row.copy_bytes = rule.bytes_touched(inputs.shape)
         for name, copy in copies(row.copy_bytes, settings.counts):
             row.copies[name] = settings.race(runner, copy, row.copies.values())
@@ -185,6 +194,7 @@ def check(chain: Chain, rule: Rule, inputs: Inputs) -> None:
         pairs = list(zip(*kinds, strict=True))
         if chain.averages:
             pairs += list(zip(*(loop.averages() for loop in loops), strict=True))
+        if chain.zeros:
             if any(p.grad.any() for p in loops[0].parameters):  # type: ignore[union-attr]
                 raise WrongResultError(f"{chain.shape}, {chain.title}: gradients are left.")
         wrong = sum(not torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
