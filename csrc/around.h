@@ -44,4 +44,10 @@ struct AroundLanes {
   }
 };
 
+template <class L>
+FASTSGD_LANE AroundLanes<L> lanes_of(const Around& around) {
+  return {static_cast<L>(around.grad_scale), static_cast<L>(around.factor),
+          static_cast<L>(around.bound), static_cast<L>(around.weight)};
+}
+
 }  // namespace fastsgd

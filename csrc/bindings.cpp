@@ -214,6 +214,15 @@ PYBIND11_MODULE(_C, module) {
         return fastsgd::scale_all(tensors.ptr(), of_grads, factor);
       },
       "Multiply a list's tensors, or their grads, in place; return the numbers of those left.");
+  module.def(
+      "clip_there",
+      [](const py::list& tensors, double max_norm, bool infinity, bool raises) -> py::object {
+        const auto norm = fastsgd::clip_there(tensors.ptr(), max_norm, infinity, raises);
+        return norm.defined() ? py::cast(norm) : py::none();
+      },
+      "Clip the grads of a list by their norm, of order infinity (or 2), on the one device where "
+      "all of them lie, unless that `raises` and is not finite. Returns the norm; None where they "
+      "do not, and nothing was done.");
   module.def("exchange", &fastsgd::exchange_all,
              "Exchange the contents of the tensors of two lists; return the numbers of the pairs "
              "that were left.");

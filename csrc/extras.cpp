@@ -76,16 +76,19 @@ void ExtrasReader::read_dict(PyObject* dict) {
               seen_.skips || seen_.clear != Extras::Clear::kKeep;
 }
 
-std::int64_t ExtrasReader::averaged(PyObject* attributes) {
+Averaged ExtrasReader::averaged(PyObject* attributes) {
   PyObject* count = averaged_.optional_in(attributes);
-  if (count == nullptr) return 0;
+  if (count == nullptr) return {};
+  if (any_tensor(count)) return {0, tensor_of(count)};
   const std::int64_t value = PyLong_AsLongLong(count);
   if (value == -1 && PyErr_Occurred()) throw python_error();
-  return value;
+  return {value, {}};
 }
 
-void ExtrasReader::count_average(PyObject* attributes, std::int64_t averaged) {
-  const Ref count = Ref::steal(checked(PyLong_FromLongLong(averaged + 1)));
+void ExtrasReader::keep(PyObject* attributes, const Averaged& averaged) {
+  const Ref count =
+      Ref::steal(checked(averaged.there.defined() ? THPVariable_Wrap(averaged.there)
+                                                  : PyLong_FromLongLong(averaged.count)));
   if (PyDict_SetItem(attributes, averaged_.name(), count.get()) != 0) throw python_error();
 }
 

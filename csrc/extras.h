@@ -2,6 +2,7 @@
 // it, and keeps it in a dict that is there only if anything was ever asked for.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <Python.h>
 
 #include <cstdint>
@@ -35,14 +36,20 @@ struct Extras {
   bool measures() const { return (clips || raises || skips) && !has_factor; }
 };
 
+// How many averages there were. A device counts by itself, as it may skip a step, or repeat one.
+struct Averaged {
+  std::int64_t count = 0;
+  at::Tensor there;  // the count, where a device has it
+};
+
 class ExtrasReader {
  public:
   // As they are now, good until the next is read.
   const Extras& read(PyObject* attributes);
 
-  // How many averages there were; and notes one more.
-  std::int64_t averaged(PyObject* attributes);
-  void count_average(PyObject* attributes, std::int64_t averaged);
+  // How many averages there were, as the optimizer has it; and what it is to have.
+  Averaged averaged(PyObject* attributes);
+  void keep(PyObject* attributes, const Averaged& averaged);
 
  private:
   void read_dict(PyObject* dict);

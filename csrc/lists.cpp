@@ -1,6 +1,10 @@
 #include "lists.h"
 
+#include <numeric>
+
 #include "cpu/engine.h"
+#include "cuda/devices.h"
+#include "cuda/emulation.h"
 #include "lookahead.h"
 #include "modes.h"
 #include "plan.h"
@@ -51,6 +55,14 @@ template <class Take>
   return left;
 }
 
+// The work of such lists on other devices, beginning anew. Never destroyed: that would be after the
+// devices.
+cuda::Devices& devices() {
+  static auto& devices = *new cuda::Devices;
+  for (const auto& work : devices.all()) work->begin();
+  return devices;
+}
+
 }  // namespace
 
 NormOfAll norm_of_all(PyObject* list, bool of_grads, bool infinity) {
@@ -59,7 +71,9 @@ NormOfAll norm_of_all(PyObject* list, bool of_grads, bool infinity) {
   Measured measured{};
   std::vector<Run> runs;  // those that are long enough to be shared among threads
   std::vector<Span> spans;
+  const bool here = !cuda::emulated();
   norm.left = each(list, of_grads, [&](const at::Tensor& tensor) {
+    if (!here) return false;
     const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
     const int type = type_of(impl);
     if (type == kStorages) return false;
@@ -100,17 +114,51 @@ Left scale_all(PyObject* list, bool of_grads, double factor) {
   return left;
 }
 
+at::Tensor clip_there(PyObject* list, double max_norm, bool infinity, bool raises) {
+  cuda::Devices& all = devices();
+  cuda::DeviceWork* there = nullptr;
+  const Left left = each(list, true, [&](const at::Tensor& grad) {
+    auto* work = all.find(*grad.unsafeGetTensorImpl());
+    if (work == nullptr || (there != nullptr && work != there)) return false;
+    there = work;
+    return !grad.requires_grad() && work->plan.add_single(grad, kScale);
+  });
+  if (there == nullptr || !left.empty() || there->plan.ordered()) return {};
+  Around around;
+  around.clips = true;
+  const bool is_double = there->plan.any_double();
+  const Order order = infinity ? Order::kInfinity : Order::kTwo;
+  there->prepare({}, around, {true, order, is_double, true, max_norm, false, raises});
+  there->launch();
+  return there->norm(is_double);
+}
+
 Left exchange_all(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) {
   Plan plan;
   plan.begin();
+  cuda::Devices& all = devices();
   const bool directly = !any_mode();
   Left left;
   for (std::size_t i = 0; i < a.size(); ++i) {
-    if (!directly || a[i].dtype() != b[i].dtype() || !plan.add_exchange(a[i], b[i])) {
+    auto* work = all.find(*a[i].unsafeGetTensorImpl());
+    Plan& where = work == nullptr ? plan : work->plan;
+    if (!directly || a[i].dtype() != b[i].dtype() || !where.add_exchange(a[i], b[i])) {
       left.push_back(static_cast<std::int64_t>(i));
     }
   }
+  std::vector<cuda::DeviceWork*> works;
+  for (const auto& work : all.all()) {
+    if (work->plan.empty()) continue;
+    if (work->plan.ordered()) {  // a device has no order: one after the other, then
+      left.resize(a.size());
+      std::iota(left.begin(), left.end(), 0);
+      return left;
+    }
+    works.push_back(work.get());
+  }
+  for (cuda::DeviceWork* work : works) work->prepare();
   plan.run({}, true);
+  for (cuda::DeviceWork* work : works) work->launch();
   return left;
 }
 

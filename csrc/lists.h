@@ -1,5 +1,6 @@
-// What is done to lists of tensors at once, outside of a step. Tensors that are not plain ones on
-// the CPU are left: each function returns their numbers.
+// What is done to lists of tensors at once, outside of a step. Tensors that are not plain are left,
+// and those that are not on the CPU, unless it is said otherwise: each function returns their
+// numbers.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -26,7 +27,12 @@ NormOfAll norm_of_all(PyObject* list, bool of_grads, bool infinity);
 // Multiplies each, or each gradient, by a factor in place.
 Left scale_all(PyObject* list, bool of_grads, double factor);
 
-// Exchanges what each tensor of one list holds with what that of the other does.
+// Clips the gradients of a list by the norm of all of them, of order infinity or 2, on the device
+// where they lie, and returns that norm; undefined, and nothing done, where they are not all plain
+// ones on one device. If the norm is not finite and that `raises`, they stay as they are.
+at::Tensor clip_there(PyObject* list, double max_norm, bool infinity, bool raises);
+
+// Exchanges what each tensor of one list holds with what that of the other does, on any device.
 Left exchange_all(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b);
 
 }  // namespace fastsgd

@@ -56,7 +56,22 @@ struct PieceMeasured {
   double high, low;  // by order infinity: the greatest magnitude, and 0
   bool not_finite;
   Scaled scaled;
+
+  // What its sum of squares was too large or too small for doubles by, if they are needed for it:
+  // then it is to be measured once more.
+  FASTSGD_LANE Scaled out_of_range(bool of_doubles) const {
+    if (high - high != 0) return not_finite ? Scaled::kNot : Scaled::kDown;
+    return of_doubles && high < kSmallSquares ? Scaled::kUp : Scaled::kNot;
+  }
 };
+
+// Adds to a sum, and to the rest what the sum could not take (Knuth's two-sum).
+template <class L>
+FASTSGD_LANE void add_keeping_rest(L x, L& sum, L& rest) {
+  const L total = sum + x, taken = total - sum;
+  rest = rest + ((sum - (total - taken)) + (x - taken));
+  sum = total;
+}
 
 // min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ computes it in a tensor of
 // the norm's type: the reciprocal times max_norm. A NaN stays one.

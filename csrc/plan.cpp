@@ -52,8 +52,7 @@ at::Tensor new_average(const Update& update, c10::TensorImpl& param) {
   const auto of = at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&param)).detach();
   const at::Tensor average =
       at::empty_like(of, of.options().dtype(average_type(update, param)).requires_grad(false));
-  // One that starts on the CPU is written by the step: a device may skip that.
-  return update.starts && average.is_cpu() ? average : average.copy_(of);
+  return update.starts ? average : average.copy_(of);  // one that starts is written by the step
 }
 
 // The same with what it begins as, unless that is a copy of the gradient, which the step makes.
@@ -222,6 +221,7 @@ bool Plan::add_single(const at::Tensor& single, int kernel) {
   }
   if (rows_.empty()) rows_.emplace_back();
   reserve();
+  moved_ = true;
   runs_[used_].stream[kParam] = data_of(*storage, true) + offset;
   runs_[used_].count = in_bytes ? bytes : tensor.numel();
   const Traits traits(1, in_bytes ? 1 : item_size, false, false);
@@ -347,10 +347,15 @@ Measured Plan::measure(Order order) {
   return fastsgd::measure(spans_, runs_.data(), order);
 }
 
+bool Plan::steps() {
+  end_spans();
+  return std::any_of(spans_.begin(), spans_.end(), [](const Span& span) { return span.is_step(); });
+}
+
 bool Plan::any_double() {
   end_spans();
   return std::any_of(spans_.begin(), spans_.end(), [](const Span& span) {
-    return span.is_step() && span.storage() == static_cast<int>(Storage::kDouble);
+    return has_grads(span.kernel) && span.storage() == static_cast<int>(Storage::kDouble);
   });
 }
 

@@ -96,8 +96,9 @@ class Plan {
   // Writes to the versions of what the engine writes.
   void bump_versions() const;
 
-  // Measures the gradients; whether any is double.
+  // Measures the gradients; whether there are any; whether any is double.
   Measured measure(Order order);
+  bool steps();
   bool any_double();
 
   // Writes: version counters first, then the kernels, without the GIL where the work is long. Work

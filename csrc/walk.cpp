@@ -1,9 +1,7 @@
 #include "walk.h"
 
-#include <ATen/ops/scalar_tensor.h>
 #include <ATen/record_function.h>
 
-#include <cmath>
 #include <utility>
 
 #include "cuda/emulation.h"
@@ -137,15 +135,16 @@ Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defau
   if (states_.creates_twice()) return Way::kStock;
   if (hidden_ || (!left_.empty() && plan_.meets(left_))) return Way::kStock;
   for (const auto& work : devices_.all()) {
-    if (work->plan.empty()) continue;
+    if (!work->plan.empty()) works_.push_back(work.get());
+  }
+  for (cuda::DeviceWork* work : works_) {
     // A device has no order, and reads the scaler's values where it can reach them.
     work->plan.note_scalars(options_.tensors());
     if (work->plan.ordered() || (!left_.empty() && work->plan.meets(left_))) return Way::kStock;
     if (scaling_.there_is_any() && scaling_.device != work->device().tensors()) return Way::kStock;
   }
   if (scaling_.device && !plan_.empty()) return Way::kStock;
-  // Each process has a part of the norm.
-  if (extras_->measures() && routes_.empty() && has_shards_) {
+  if (extras_->measures() && routes_.empty() && norm_is_apart()) {
     routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
   }
   return routes_.empty() ? Way::kKernels : Way::kParts;
@@ -164,111 +163,43 @@ bool Walker::step(PyObject* optimizer) {
               "before the next step.");
   factor_ = extras_->factor;
   decay_ = extras_->decay;
-  const std::int64_t averaged = extras_->averages ? extras_reader_.averaged(attributes) : 0;
-  starts_ = averaged == 0;
+  Averaged averaged;
+  if (extras_->averages) averaged = extras_reader_.averaged(attributes);
+  starts_ = averaged.count == 0 && !averaged.there.defined();
   clears_in_pass_ = extras_->clear == Extras::Clear::kToZero;
+  works_.clear();
   const Way way = plan_step(groups.get(), state.get(), defaults.get(), attributes);
   if (way != Way::kParts) routes_.clear();
   if (way == Way::kStock || way == Way::kParts) return false;
   bool steps = way == Way::kKernels;
-  if (steps && extras_->measures() && !measure()) {
-    steps = false;
-    ++skipped_;
-  }
+  measuring_ = {};
+  if (steps && extras_->measures()) steps = measure();
   if (steps) take_step(attributes, averaged);
   if (extras_->clear != Extras::Clear::kKeep) clear(groups.get(), steps);
   return true;
 }
 
 // Takes the step that is planned. What may fail, or run Python code, comes first.
-void Walker::take_step(PyObject* attributes, std::int64_t averaged) {
-  std::vector<cuda::DeviceWork*> works;
-  for (const auto& work : devices_.all()) {
-    if (!work->plan.empty()) works.push_back(work.get());
-  }
+void Walker::take_step(PyObject* attributes, Averaged& averaged) {
   const auto retain = [&] {
     plan_.retain();
-    for (cuda::DeviceWork* work : works) work->plan.retain();
+    for (cuda::DeviceWork* work : works_) work->plan.retain();
   };
-  if (extras_->averages && extras_->schedule != nullptr) {
-    retain();
-    decay_ = decay_of(extras_->schedule, averaged + 1);
-  }
+  if (extras_->schedule != nullptr) retain();
+  if (extras_->averages) begin_average(averaged);
   const Around around = this->around();
-  for (cuda::DeviceWork* work : works) work->prepare(scaling_);
+  auto* counted_there = static_cast<std::int64_t*>(
+      averaged.there.defined() ? averaged.there.mutable_data_ptr() : nullptr);
+  for (cuda::DeviceWork* work : works_) {
+    work->prepare(scaling_, around, measuring_, counted_there);
+  }
   if (states_.creates()) {
     retain();  // storing into a dict may run Python code
     states_.commit();
   }
-  if (extras_->averages) extras_reader_.count_average(attributes, averaged);
+  if (extras_->averages) end_average(attributes, averaged);
   plan_.run(around, true);
-  for (cuda::DeviceWork* work : works) work->launch();
-}
-
-// --- extras -------------------------------------------------------------------------------------
-
-// The norm of a planned step, and whether the step is to be taken. Throws where it is not finite
-// and that is an error.
-bool Walker::measure() {
-  Measured measured = plan_.measure(extras_->order);
-  norm_is_double_ = plan_.any_double();
-  norm_ = norm_of(measured, extras_->order, scaling_.scale, norm_is_double_);
-  grad_norm_ = at::Tensor();
-  has_norm_ = true;
-  TORCH_CHECK(!extras_->raises || std::isfinite(norm_), "The total norm of order ",
-              extras_->order == Order::kTwo ? "2.0" : "inf",
-              " for gradients from `parameters` is non-finite, so it cannot be clipped. To disable "
-              "this error and scale the gradients by the non-finite norm anyway, set "
-              "`error_if_nonfinite=False`");
-  factor_ = clip_factor(norm_, norm_is_double_, extras_->max_norm);
-  return !extras_->skips || measured.not_finite == 0;
-}
-
-Around Walker::around() const {
-  Around around;
-  around.grad_scale = scaling_.scale;
-  around.unscales = scaling_.unscale;
-  around.keeps_unscaled = scaling_.unscale && !extras_->any;
-  around.clips = (extras_->clips || extras_->has_factor) && factor_ != 1;
-  around.factor = factor_;
-  around.bounds = extras_->bounds;
-  around.bound = extras_->bound;
-  around.averages = extras_->averages;
-  around.weight = 1 - decay_;
-  around.starts = starts_;
-  around.wide = extras_->wide;
-  around.clears = clears_in_pass_;
-  return around;
-}
-
-// Clears the gradients, which the kernels have set to zero if they stepped.
-void Walker::clear(PyObject* groups, bool stepped) {
-  const bool to_none = extras_->clear == Extras::Clear::kToNone;
-  if (!to_none && stepped && clears_in_pass_) {
-    for (const at::Tensor& grad : in_graphs_) detach(grad);
-    return;
-  }
-  std::vector<Ref> others;
-  if (!reset(groups, to_none, others)) return;
-  for (const Ref& other : others) {
-    static PyObject* const reset_grad = [] {
-      const Ref module = Ref::steal(checked(PyImport_ImportModule("fastsgd._optimizer")));
-      return checked(PyObject_GetAttrString(module.get(), "_reset_grad"));
-    }();
-    Ref::steal(checked(PyObject_CallFunctionObjArgs(reset_grad, other.get(),
-                                                    to_none ? Py_True : Py_False, nullptr)));
-  }
-}
-
-at::Tensor Walker::grad_norm() const {
-  if (grad_norm_.defined()) return grad_norm_.clone();
-  if (!has_norm_) return {};
-  return at::scalar_tensor(norm_, norm_is_double_ ? at::kDouble : at::kFloat);
-}
-
-void Walker::note(const at::Tensor& grad_norm, bool skipped) {
-  grad_norm_ = grad_norm;
-  skipped_ += skipped;
+  for (cuda::DeviceWork* work : works_) work->launch();
 }
 
 // Notes that stock must take a parameter, and all memory that its step may use.

@@ -43,7 +43,7 @@ class Walker {
   // What the last step with a norm measured, as a tensor; undefined before. And how many steps were
   // skipped.
   at::Tensor grad_norm() const;
-  std::int64_t skipped_steps() const { return skipped_; }
+  std::int64_t skipped_steps() const;
   // The same of a step of which Python took a part.
   void note(const at::Tensor& grad_norm, bool skipped);
 
@@ -91,11 +91,16 @@ class Walker {
   bool plan_groups(PyObject* groups);
   void leave_to_stock(Place place, PyObject* param);
 
-  // The norm of a planned step, and whether the step is to be taken. Throws where it is not finite
-  // and that is an error.
+  void take_step(PyObject* attributes, Averaged& averaged);
+
+  cuda::DeviceWork* alone() const;
+  bool norm_is_apart() const;
   bool measure();
-  void take_step(PyObject* attributes, std::int64_t averaged);
   Around around() const;
+  void begin_average(Averaged& averaged);
+  template <class Known>
+  void bring_count(Averaged& averaged, cuda::DeviceWork& there, Known known);
+  void end_average(PyObject* attributes, Averaged& averaged);
   void clear(PyObject* groups, bool stepped);
   [[gnu::noinline]] void look_before_clearing(const at::Tensor& grad,
                                               const c10::TensorImpl& memory);
@@ -128,6 +133,7 @@ class Walker {
   bool makes_rules_states(const Group& group, const Subject& subject,
                           const Creation& creation) const;
   at::Tensor new_counter(PyObject* group, c10::Device device);
+  at::Tensor counter_on(cuda::DeviceWork& work, Place place, c10::TensorImpl& counter) const;
   template <int kValues>
   static void fetch(const Path& path);
   template <bool kCounts>
@@ -154,6 +160,7 @@ class Walker {
   States states_;
   Plan plan_, zero_plan_;
   cuda::Devices devices_, zero_devices_;
+  std::vector<cuda::DeviceWork*> works_;  // of this step
   std::uint64_t cpu_keys_ = 0;  // of plain tensors for which the CPU's kernels are to work
   Routes routes_;
   DictKey param_groups_{"param_groups"}, state_{"state"}, defaults_{"defaults"}, params_{"params"},
@@ -180,8 +187,13 @@ class Walker {
   std::vector<at::Tensor> in_graphs_;  // gradients to detach once they are zero
   double norm_ = 0;                    // of the last step that had one
   bool has_norm_ = false, norm_is_double_ = false;
-  at::Tensor grad_norm_;  // in its place, if Python or a device found it
-  std::int64_t skipped_ = 0;
+  at::Tensor grad_norm_;                    // in its place, if Python found it
+  cuda::DeviceWork* norm_there_ = nullptr;  // in the place of both, if a device did
+  cuda::Measuring measuring_;               // what a device is to find at this step
+  std::int64_t skipped_ = 0;                // without those that devices have
+  // How many averages a device has counted, if that is known here, and in which tensor.
+  std::int64_t averages_known_ = 0;
+  const c10::TensorImpl* averages_known_of_ = nullptr;
   bool new_grads_ = false, grads_are_new_ = false;  // at this step; at the last one
 };
 

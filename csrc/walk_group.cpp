@@ -1,6 +1,4 @@
 // The part of the walk that plans the parameters of one group.
-#include <ATen/ops/scalar_tensor.h>
-
 #include <algorithm>
 #include <type_traits>
 #include <utility>
@@ -56,6 +54,7 @@ Update Walker::update_with(const Group& group, std::int32_t row) const {
 const Update& Walker::update_on(cuda::DeviceWork& work, Group& group) {
   if (group.work != &work) {
     group.update_there = update_with(group, work.row_of(rule_, group.options));
+    group.update_there.starts = false;  // it may skip the step that would write them
     group.work = &work;
   }
   return group.update_there;
@@ -138,7 +137,6 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
   }
   if (Fields::keys(*subject.tensor[kParam]) != cpu_keys_) [[unlikely]] {
     if (auto* work = devices_.find(*subject.tensor[kParam])) {
-      if (extras_->any) return false;  // which the kernels there do not know yet
       return plan_on_device<kStates, kCounts>(*work, group, place(), subject, owners, path.states);
     }
   }
@@ -176,9 +174,12 @@ bool Walker::plan_average(Place place, PyObject* param) {
   PyObject* average = states_.average_of(param);
   if (average == nullptr) return true;
   if (!exact_tensor(param) || !exact_tensor(average)) return false;
-  if (Fields::keys(*impl_of(param)) != cpu_keys_) return false;
-  if (average_row_ < 0) average_row_ = plan_.add_row({});
   const Subject subject{{impl_of(average), impl_of(param)}, 2};
+  if (Fields::keys(*impl_of(param)) != cpu_keys_) {
+    auto* work = devices_.find(*impl_of(param));
+    return work != nullptr && work->plan.add_average({&kNone, kAverage, 0}, place, subject);
+  }
+  if (average_row_ < 0) average_row_ = plan_.add_row({});
   return plan_.add_average({&kNone, kAverage, average_row_}, place, subject);
 }
 
@@ -188,16 +189,10 @@ bool Walker::plan_on_device(cuda::DeviceWork& work, Group& group, Place place, S
   if constexpr (kCounts) {
     c10::TensorImpl*& counter = subject.tensor[kState + kStates];
     if (!work.plan.counters().note(*counter)) {
-      check_counter(place, *counter);
-      // Stock's default path keeps it on the CPU, and so do its checkpoints.
-      if (plain().type_of(*counter) > 1) return false;
-      TORCH_CHECK(!work.device().captures(), at_place(place),
-                  ": its state 'step' is on the CPU, from where the first step brings it to the "
-                  "device, and a graph is being captured. Take one step before the capture.");
-      at::Tensor& there = states_.create(seen, group.structure).value[kStates];
-      there = at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(counter))
-                  .to(work.device().tensors(), /*non_blocking=*/true);
+      at::Tensor there = counter_on(work, place, *counter);
+      if (!there.defined()) return false;
       counter = there.unsafeGetTensorImpl();
+      states_.create(seen, group.structure).value[kStates] = std::move(there);
       if (plan_on_device<kStates, kCounts>(work, group, place, subject, owners, seen)) return true;
       states_.create_no_more();
       return false;
@@ -236,118 +231,6 @@ template <int kStates, bool kCounts>
       leave_to_stock({group.number, index}, param);
   }
   return index;
-}
-
-// --- the first step of a parameter --------------------------------------------------------------
-
-Birth Walker::birth(const Group& group) const {
-  return {rule_.new_state, fill_value_, group.options.maximize,
-          rule_.adds_param(group.options.hypers)};
-}
-
-// The states of a shard are distributed tensors, and making those runs Python code: that is done
-// between two walks.
-bool Walker::plan_first_shard(Place place, Group& group, Subject& subject, const Path& path,
-                              Shards::Seen& seen) {
-  PyObject* param = path.states.param;
-  const auto* all_made = shards_.made_for(param, update_with(group, 0), birth(group));
-  if (all_made == nullptr) return false;
-  std::vector<at::Tensor> made = *all_made;
-  PyObject* streams[kMaxStreams] = {param, path.grad_object};
-  for (std::size_t i = 0; i < made.size(); ++i) {
-    const std::size_t s = static_cast<std::size_t>(kState) + i;
-    if (subject.tensor[s] != nullptr) made[i] = at::Tensor();  // it is there
-    streams[s] =
-        made[i].defined() ? object_of(*made[i].unsafeGetTensorImpl()) : path.states.value[i];
-  }
-  if (!shards_.look(streams, subject.streams, seen)) return false;
-  c10::TensorImpl* wholes[kMaxStreams];
-  for (int s = kParam; s < subject.streams; ++s) {
-    wholes[s] = impl_of(streams[s]);
-    subject.tensor[s] = LocalShards::memory(streams[s]);
-  }
-  has_shards_ = true;
-  return plan_first(place, group, subject, wholes, path.states, {}, made);
-}
-
-// Makes the states, but for those that were made before, and the counter.
-bool Walker::plan_first(Place place, Group& group, Subject& subject, Owners owners,
-                        const StatesSeen& seen, const Birth& birth,
-                        const std::vector<at::Tensor>& made) {
-  if (extras_->any && devices_.find(*subject.tensor[kParam]) != nullptr) return false;
-  Creation& creation = states_.create(seen, group.structure);
-  std::copy(made.begin(), made.end(), creation.value);
-  if (auto* work = devices_.find(*subject.tensor[kParam])) {
-    if (plan_first_on_device(*work, group, place, subject, owners, creation, birth)) return true;
-    states_.create_no_more();
-    return false;
-  }
-  Moment moment;
-  moment.first = !rule_.counts && makes_rules_states(group, subject, creation);
-  if (rule_.counts) {
-    c10::TensorImpl*& counter = subject.tensor[subject.streams];
-    if (counter == nullptr) {
-      const at::Tensor made_now = new_counter(group.dict, at::kCPU);
-      creation.value[subject.streams - kState] = made_now;
-      counter = made_now.unsafeGetTensorImpl();
-    }
-    // One made in inference mode cannot be read: torch knows when it may be written.
-    if (!plan_.counters().read(*counter, moment.step)) {
-      states_.create_no_more();
-      return false;
-    }
-  }
-  const Update& update = find_update(group, moment);
-  if (!plan_.add_creating(update, place, subject, owners, birth, creation.value)) {
-    states_.create_no_more();
-    return false;
-  }
-  if (rule_.counts) plan_.counters().keep();
-  return true;
-}
-
-// Whether a parameter lacks more than its average, or lacked it until a walk before this one.
-bool Walker::makes_rules_states(const Group& group, const Subject& subject,
-                                const Creation& creation) const {
-  for (int i = 0; i < subject.streams - kState; ++i) {
-    if (i == rule_.structures[group.structure].average) continue;
-    if (subject.tensor[kState + i] == nullptr || creation.value[i].defined()) return true;
-  }
-  return false;
-}
-
-bool Walker::plan_first_on_device(cuda::DeviceWork& work, Group& group, Place place,
-                                  Subject& subject, Owners owners, Creation& creation,
-                                  const Birth& birth) {
-  if (rule_.counts) {
-    at::Tensor& counter = creation.value[subject.streams - kState] =
-        new_counter(group.dict, work.device().tensors());
-    if (!counter.defined()) return false;
-    if (!work.plan.counters().note(*counter.unsafeGetTensorImpl())) return false;
-  }
-  const Update& update = update_on(work, group);
-  if (update.row < 0 ||
-      !work.plan.add_creating(update, place, subject, owners, birth, creation.value)) {
-    return false;
-  }
-  if (rule_.counts) {
-    work.plan.counters().keep();
-  } else {
-    // The device may skip the step that would write it, or do it later.
-    at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(subject.tensor[kState])).zero_();
-    work.note_first_step(work.first_steps.begin(work.device(), creation.value[0]));
-  }
-  return true;
-}
-
-// Stock keeps counters in float64 where that is the default dtype. Undefined where only stock can
-// tell.
-at::Tensor Walker::new_counter(PyObject* group, c10::Device device) {
-  PyObject* option = fused_.optional_in(group);
-  bool fused = false;
-  if (option != nullptr && !read_flag(option, fused)) return {};
-  const bool is_double = c10::get_default_dtype_as_scalartype() == at::kDouble && !fused;
-  return at::scalar_tensor(0, at::device(device).dtype(is_double ? at::kDouble : at::kFloat));
 }
 
 // --- all parameters of a group ------------------------------------------------------------------

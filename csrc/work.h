@@ -23,7 +23,7 @@ struct Span {
   std::int64_t item_bytes() const {  // moved for one element
     return item_size * streams + (wide < 0 ? 0 : 4 - item_size);
   }
-  bool is_step() const { return kernel >= 0 && kernel < kKernels; }
+  bool is_step() const { return fastsgd::is_step(kernel); }
   int storage() const { return kernel % kStorages; }
 };
 

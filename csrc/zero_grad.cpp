@@ -81,7 +81,7 @@ bool Walker::reset(PyObject* groups, bool set_to_none, std::vector<Ref>& others)
   for (const auto& work : zero_devices_.all()) {
     if (!work->plan.empty()) works.push_back(work.get());
   }
-  for (cuda::DeviceWork* work : works) work->prepare({});
+  for (cuda::DeviceWork* work : works) work->prepare();
   zero_plan_.run({}, false);
   for (cuda::DeviceWork* work : works) work->launch();
   return true;

@@ -28,7 +28,7 @@ class WithAverages(WithExtras):
         """Return torch's; the number of averages so far is the groups' key ``ema_steps``."""
         refuse_inside_ema_weights(self, "state_dict()")
         state_dict = super().state_dict()
-        if steps := self.__dict__.get("_ema_steps"):
+        if steps := int(self.__dict__.get("_ema_steps", 0)):  # a device may have counted them
             for group in state_dict["param_groups"]:
                 group["ema_steps"] = steps
         return state_dict
@@ -45,7 +45,8 @@ class WithAverages(WithExtras):
             hook.remove()
         steps = [group.pop("ema_steps") for group in self.param_groups if "ema_steps" in group]
         averages = [state["ema"] for state in self.state.values() if "ema" in state]
-        self.__dict__["_ema_steps"] = max([*steps, 1 if averages else 0])
+        if steps or averages or "_ema_steps" in self.__dict__:
+            self.__dict__["_ema_steps"] = max([*steps, 1 if averages else 0])
         if averages and self.ema_dtype is not None:
             self._load_wide_averages(loaded)
 

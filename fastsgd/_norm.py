@@ -159,7 +159,8 @@ def clip_grad_norm_(
                 "`parameters` is an empty generator, no gradient clipping will occur.",
                 stacklevel=3,
             )
-    value, count, any_double, left = _C.norm_of(params, True, math.isinf(norm_type))
+    infinity = math.isinf(norm_type)
+    value, count, any_double, left = _C.norm_of(params, True, infinity)
     others = [grad for i in left if (grad := params[i].grad) is not None]
     if not others:
         norm = torch.tensor(value, dtype=torch.float64 if any_double else torch.float32)
@@ -169,6 +170,12 @@ def clip_grad_norm_(
         if clipped_by != 1:
             _scale(params, left, clipped_by)
         return norm
+    if not count:
+        there = _C.clip_there(params, max_norm, infinity, error_if_nonfinite)
+        if there is not None:
+            if error_if_nonfinite:  # then nothing was written
+                raise_if_nonfinite(there, norm_type)
+            return there
     if any(grad.layout != torch.strided for grad in others):  # which torch refuses
         return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
     with torch.no_grad():

@@ -28,13 +28,17 @@ class Place:
     name = "cuda"
     device = torch.device("cuda", 0)
 
+    def do(self, act: Callable[[], Any]) -> Any:
+        """Have it done there."""
+        return act()
+
     def step(self, optimizer: Optimizer) -> None:
         """Step in the device's kernels, and nowhere else."""
-        assert _C.step(optimizer), "a part went to torch's own path"
+        assert self.do(lambda: _C.step(optimizer)), "a part went to torch's own path"
 
     def zero_grad(self, optimizer: Optimizer) -> None:
         """Fill the grads with zeros there."""
-        optimizer.zero_grad(set_to_none=False)
+        self.do(lambda: optimizer.zero_grad(set_to_none=False))
 
     def bring(self, params: Sequence[Any]) -> list[Any]:
         """Parameters, or groups of them, with the memory around them and their strides."""
@@ -69,15 +73,10 @@ class Host(Place):
     name = "host"
     device = torch.device("cpu")
 
-    def step(self, optimizer: Optimizer) -> None:
-        """Step as a device would."""
+    def do(self, act: Callable[[], Any]) -> Any:
+        """Do it as a device would."""
         with emulated():
-            super().step(optimizer)
-
-    def zero_grad(self, optimizer: Optimizer) -> None:
-        """Fill with zeros as a device would."""
-        with emulated():
-            super().zero_grad(optimizer)
+            return act()
 
     def param(self, p: Tensor) -> Tensor:
         """Return it: it is there."""

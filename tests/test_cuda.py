@@ -62,13 +62,19 @@ def no_wait(act: Callable[[], Any]) -> Any:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_nothing_waits(row: Row) -> None:
+ONE_PASS = {"max_grad_norm": 0.5, "clip_grad_value": 0.1, "skip_nonfinite": True, "ema_decay": 0.9}
+
+
+@pytest.mark.parametrize("extras", [{}, ONE_PASS, {**ONE_PASS, "clear_grads": "zero"}])
+def test_nothing_waits(row: Row, extras: dict[str, Any]) -> None:
     """Not the first step, which makes the states; nor later ones, new grads, zeros."""
-    optimizer = row.ours(on_cuda(*ORDINARY_SHAPES, (70_001,)), **row.rich)
+    optimizer = row.ours(on_cuda(*ORDINARY_SHAPES, (70_001,)), **row.rich, **extras)
     for step in range(4):
         give([optimizer], step)
         no_wait(lambda: CUDA.step(optimizer))
     no_wait(lambda: optimizer.zero_grad(set_to_none=False))
+    no_wait(lambda: optimizer.grad_norm)
+    no_wait(lambda: fastsgd.clip_grad_norm_(all_params(optimizer), 1.0))
 
 
 def launches_and_waits(act: Callable[[], Any]) -> tuple[int, int, int]:
@@ -318,6 +324,54 @@ def test_replays_are_eager_steps(row: Row) -> None:
     """A hundred of them, lr and step counts moving, bit for bit."""
     graph, eager = captured(row, 100)
     assert_equal(values(graph), values(eager))
+
+
+@pytest.mark.parametrize("extras", [ONE_PASS, {**ONE_PASS, "clear_grads": "zero"}])
+def test_replays_do_all_that_is_around_the_rule(row: Row, extras: dict[str, Any]) -> None:
+    graph, eager = captured(row, 50, **extras)
+    assert_equal(values(graph), values(eager))
+    assert_equal(graph.grad_norm, eager.grad_norm)
+    assert [int(o.state_dict()["param_groups"][0]["ema_steps"]) for o in (graph, eager)] == [53] * 2
+
+
+def test_replays_skip(row: Row) -> None:
+    """What is not finite when the graph is replayed."""
+    params = on_cuda((33, 17), (9000,))
+    optimizer = row.ours(params, **row.rich, **ONE_PASS)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    CUDA.step(optimizer)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    skipped = 0
+    for bad in (True, True, False, True):
+        params[1].grad[8999] = float("nan") if bad else 1.0
+        before = values(optimizer)
+        graph.replay()
+        torch.cuda.synchronize()
+        if bad:
+            assert_equal(values(optimizer), before)
+        else:
+            assert not torch.equal(before[0][0], params[0].detach())
+        skipped += bad
+        assert optimizer.skipped_steps == skipped
+
+
+def test_what_a_graph_cannot_hold(row: Row) -> None:
+    """The first average, which copies; and a schedule, which Python code knows."""
+    params = on_cuda((33, 17))
+    optimizer = row.ours(params, **row.rich)
+    params[0].grad = torch.ones_like(params[0])
+    CUDA.step(optimizer)
+    optimizer.ema_decay = 0.9
+    for message in ("Take one step before the capture", "ema_decay is a schedule"):
+        graph = torch.cuda.CUDAGraph()
+        with pytest.raises(RuntimeError, match=message), torch.cuda.graph(graph):
+            optimizer.step()
+        torch.cuda.synchronize()
+        CUDA.step(optimizer)
+        optimizer.ema_decay = lambda step: 1 / step
 
 
 def test_capturable_is_accepted(row: Row) -> None:

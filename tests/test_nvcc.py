@@ -57,7 +57,7 @@ def test_no_register_is_spilled(architecture: str, folder: Path) -> None:
     """The kernels compile, and none keeps registers in memory."""
     _, report = cubin(architecture, folder)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", report)
-    assert len(frames) >= 36 * 3
+    assert len(frames) >= 36 * 4
     spilling = [frame for frame in frames if frame[1:] != ("0", "0")]
     assert not spilling
 
@@ -101,17 +101,19 @@ def test_main_loops(architecture: str, folder: Path) -> None:
     seen: Counter[str] = Counter()
     for kernel in kernels:
         name, *lines = kernel.splitlines()
-        if "Lb1E" in name:  # laid out: an element at a time
+        if re.findall(r"Lb[01]E", name)[:1] == ["Lb1E"]:  # laid out: an element at a time
             continue
         wide = loops_with("STG.E.128" if "zero" in name else "LDG.E.128", lines)
         assert wide, f"no loop of {name} moves 16 bytes"
+        seen[name] += 1
+        if "measure" in name:  # reads alone, and computes in double
+            continue
         for loop in wide:
             assert any("STG.E.128" in line for line in loop), name
             doubles = [line for line in loop if re.search(r"\b(DADD|DMUL|DFMA|F2F\.F64)\b", line)]
-            is_double = re.search(r"ELi\dEd", name) is not None
+            is_double = re.search(r"(ELi\d|ing)Ed", name) is not None
             assert is_double or not doubles, (name, doubles[:3])
-        seen[name] += 1
-    assert len(seen) >= 36 * 2
+    assert len(seen) >= 36 * 3
 
 
 def test_the_host_side_compiles(tmp_path: Path) -> None:

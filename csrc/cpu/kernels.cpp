@@ -52,9 +52,9 @@ FASTSGD_LANE void advance(const typename R::template Scalars<L>& scalars, const 
 }
 
 template <class Register, class Scalar>
-FASTSGD_LANE AroundLanes<Register> lanes_of(const Around& around) {
-  const auto lane = [](double x) { return broadcast<Register>(static_cast<Scalar>(x)); };
-  return {lane(around.grad_scale), lane(around.factor), lane(around.bound), lane(around.weight)};
+FASTSGD_LANE AroundLanes<Register> wide_lanes_of(const AroundLanes<Scalar>& lanes) {
+  return {broadcast<Register>(lanes.grad_scale), broadcast<Register>(lanes.factor),
+          broadcast<Register>(lanes.bound), broadcast<Register>(lanes.weight)};
 }
 
 // All elements of each run: registers while they fit, then single elements.
@@ -78,8 +78,8 @@ FASTSGD_LANE void step_runs(const Row& row, const Around& step_around, const Run
   const auto scalars = exact.each([](double x) { return static_cast<Scalar>(x); });
   const auto wide = scalars.each([](Scalar x) { return broadcast<Register>(x); });
   const Around around = step_around;  // here, where no store can be to it
-  const auto around_scalars = lanes_of<Scalar, Scalar>(around);
-  const auto around_wide = lanes_of<Register, Scalar>(around);
+  const auto around_scalars = lanes_of<Scalar>(around);
+  const auto around_wide = wide_lanes_of<Register>(around_scalars);
   const int streams = kState + kStates + (kAround && around.averages ? 1 : 0);
 
   for (const Run* end = run + runs; run != end; ++run) {
@@ -110,42 +110,38 @@ void step(const Row& row, const Around& around, const Run* run, std::int64_t run
   }
 }
 
+// Sets each element of the first stream to f(lanes, element, that of another stream).
+template <class T, class F>
+FASTSGD_LANE void set_runs(const Around& around, const Run* run, std::int64_t runs, int of, F f) {
+  using Scalar = typename Compute<T>::Scalar;
+  using Register = typename RegisterOf<Scalar>::type;
+  const auto scalars = lanes_of<Scalar>(around);
+  const auto wide = wide_lanes_of<Register>(scalars);
+  for (const Run* end = run + runs; run != end; ++run) {
+    T* to = reinterpret_cast<T*>(run->stream[0]);
+    const T* from = reinterpret_cast<const T*>(run->stream[of]);
+    const auto set = [&](const auto& lanes, std::int64_t at) {
+      using L = decltype(lanes.grad_scale + lanes.weight);
+      store(to + at, f(lanes, load<L>(to + at), load<L>(from + at)));
+    };
+    go_over<Register, Scalar>(
+        run->count, [&](std::int64_t at) { set(wide, at); },
+        [&](std::int64_t at) { set(scalars, at); });
+  }
+}
+
 // Averages of parameters that are not stepped.
 template <class T>
 void average(const Row&, const Around& around, const Run* run, std::int64_t runs) {
-  using Scalar = typename Compute<T>::Scalar;
-  using Register = typename RegisterOf<Scalar>::type;
-  const auto scalars = lanes_of<Scalar, Scalar>(around);
-  const auto wide = lanes_of<Register, Scalar>(around);
-  for (const Run* end = run + runs; run != end; ++run) {
-    T* to = reinterpret_cast<T*>(run->stream[0]);
-    const T* of = reinterpret_cast<const T*>(run->stream[1]);
-    const auto advance = [&](const auto& lanes, std::int64_t at) {
-      using L = decltype(lanes.grad_scale + lanes.weight);
-      store(to + at, lanes.average(around, load<L>(to + at), load<L>(of + at)));
-    };
-    go_over<Register, Scalar>(
-        run->count, [&](std::int64_t at) { advance(wide, at); },
-        [&](std::int64_t at) { advance(scalars, at); });
-  }
+  set_runs<T>(around, run, runs, 1, [&](const auto& lanes, auto average, auto p) {
+    return lanes.average(around, average, p);
+  });
 }
 
 template <class T>
 void scale(const Row&, const Around& around, const Run* run, std::int64_t runs) {
-  using Scalar = typename Compute<T>::Scalar;
-  using Register = typename RegisterOf<Scalar>::type;
-  const auto scalars = lanes_of<Scalar, Scalar>(around);
-  const auto wide = lanes_of<Register, Scalar>(around);
-  for (const Run* end = run + runs; run != end; ++run) {
-    T* of = reinterpret_cast<T*>(run->stream[0]);
-    const auto advance = [&](const auto& lanes, std::int64_t at) {
-      using L = decltype(lanes.grad_scale + lanes.weight);
-      store(of + at, lanes.clip(around, load<L>(of + at)));
-    };
-    go_over<Register, Scalar>(
-        run->count, [&](std::int64_t at) { advance(wide, at); },
-        [&](std::int64_t at) { advance(scalars, at); });
-  }
+  set_runs<T>(around, run, runs, 0,
+              [&](const auto& lanes, auto x, auto) { return lanes.clip(around, x); });
 }
 
 template <class T>

@@ -39,14 +39,6 @@ FASTSGD_LANE Elements elements_of(const T* from) {
   return elements_of(floats);
 }
 
-// Adds to a sum, and to the rest what the sum could not take (Knuth's two-sum).
-template <class L>
-FASTSGD_LANE void add_keeping_rest(L x, L& sum, L& rest) {
-  const L total = sum + x, taken = total - sum;
-  rest = rest + ((sum - (total - taken)) + (x - taken));
-  sum = total;
-}
-
 // Sums of lanes, and what they could not take: added up in one order for registers of any width.
 struct Sums {
   DoubleRegister sum[kParts], rest[kParts];
@@ -125,13 +117,16 @@ template <class T>
 PieceMeasured squares(const char* memory, std::int64_t count) {
   const T* from = reinterpret_cast<const T*>(memory);
   PieceMeasured measured = squares_scaled<Scaled::kNot>(from, count);
-  if (measured.high - measured.high != 0) {
-    if (!any_not_finite(from, count)) return squares_scaled<Scaled::kDown>(from, count);
-    measured.low = 0;
-    measured.not_finite = true;
-  } else if (sizeof(T) == sizeof(double) && measured.high < kSmallSquares) {
-    return squares_scaled<Scaled::kUp>(from, count);
+  measured.not_finite = measured.high - measured.high != 0 && any_not_finite(from, count);
+  switch (measured.out_of_range(sizeof(T) == sizeof(double))) {
+    case Scaled::kDown:
+      return squares_scaled<Scaled::kDown>(from, count);
+    case Scaled::kUp:
+      return squares_scaled<Scaled::kUp>(from, count);
+    case Scaled::kNot:
+      break;
   }
+  if (measured.not_finite) measured.low = 0;
   return measured;
 }
 

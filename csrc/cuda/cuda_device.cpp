@@ -74,7 +74,8 @@ class CudaDevice final : public Device {
   }
 
   void prepare(const Launch& what) override {
-    const std::int64_t number = (what.kernel * 2 + what.laid_out) * 2 + what.few;
+    const std::int64_t number =
+        ((what.kernel * 2 + what.laid_out) * 2 + what.around) * 2 + what.few;
     if (!loaded_.insert(number).second) return;
     const c10::cuda::CUDAGuard guard(device_);
     const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
@@ -124,7 +125,7 @@ bool runs_on(c10::Device device) {
   if (answer == kUnasked) {
     const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(index));
     const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
-    const cudaError_t error = load({kZero, false, true, 0});
+    const cudaError_t error = load({kZero, false, false, true, 0});
     if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction) {
       C10_CUDA_CHECK(error);
     } else {

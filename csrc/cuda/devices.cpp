@@ -1,5 +1,6 @@
 #include "cuda/devices.h"
 
+#include <ATen/ops/from_blob.h>
 #include <c10/core/Allocator.h>
 
 #include <utility>
@@ -120,17 +121,32 @@ std::int32_t DeviceWork::row_of(const Rule& rule, const GroupOptions& options) {
   return row;
 }
 
-void DeviceWork::prepare(const Scaling& scaling) {
+void DeviceWork::prepare(const Scaling& scaling, const Around& around, const Measuring& measuring,
+                         std::int64_t* averaged) {
   first_steps.use(engine_.device());
   const auto counted = plan.counters().kept();
   engine_.prepare({plan.spans(), plan.runs(), hypers_,
                    counted.empty() ? std::span<const Counters::Counter>(first_) : counted,
-                   scaling.scale_at, scaling.found_inf_at});
+                   scaling.scale_at, scaling.found_inf_at, around, measuring, averaged});
 }
 
 void DeviceWork::launch() {
   plan.bump_versions();
   engine_.launch();
+}
+
+at::Tensor DeviceWork::norm(bool is_double) {
+  if (engine_.standing() == nullptr) return {};
+  const at::TensorOptions there = at::device(device().tensors());
+  const at::Tensor seen = at::from_blob(&engine_.standing()->norm, {}, there.dtype(at::kDouble));
+  return seen.to(is_double ? at::kDouble : at::kFloat, /*non_blocking=*/false, /*copy=*/true);
+}
+
+std::int64_t DeviceWork::skipped() {
+  if (engine_.standing() == nullptr) return 0;
+  const at::TensorOptions there = at::device(device().tensors());
+  const at::Tensor seen = at::from_blob(&engine_.standing()->skipped, {}, there.dtype(at::kLong));
+  return seen.item<std::int64_t>();
 }
 
 // --- all devices --------------------------------------------------------------------------------

@@ -62,9 +62,17 @@ class DeviceWork {
   void note_first_step(char* count) { first_.push_back({nullptr, nullptr, count, false}); }
 
   // Brings the device what it needs. May throw; nothing is written yet.
-  void prepare(const Scaling& scaling);
+  void prepare(const Scaling& scaling = {}, const Around& around = {},
+               const Measuring& measuring = {}, std::int64_t* averaged = nullptr);
   // Writes: versions, then what was prepared.
   void launch();
+
+  // What the device has found out in its last step with a norm, as a new tensor there; undefined
+  // before the first. And how many steps it has skipped, for which it is waited.
+  at::Tensor norm(bool is_double);
+  std::int64_t skipped();
+  // Whether a step of its was ever captured, and may so have been repeated since.
+  bool captured() const { return engine_.ever_captured(); }
 
  private:
   struct Made {
@@ -85,7 +93,7 @@ class Devices {
   DeviceWork* find(const c10::TensorImpl& tensor);
 
   // All works of this step.
-  std::vector<std::unique_ptr<DeviceWork>>& all() { return works_; }
+  const std::vector<std::unique_ptr<DeviceWork>>& all() const { return works_; }
 
  private:
   std::vector<std::unique_ptr<DeviceWork>> works_;

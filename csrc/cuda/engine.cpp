@@ -13,6 +13,19 @@ constexpr std::int64_t kBlocksEach = 16, kShortest = kThreads * 4, kLongest = kT
 // The same of bytes to set to zero, which are less work than elements.
 constexpr std::int64_t kZeroes = 16;
 
+// Cuts items into chunks. An empty item is one too, so that there is a block to count its step.
+void cut_items(const std::vector<Item>& items, std::int64_t length, std::vector<Chunk>& chunks) {
+  chunks.clear();
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    std::int64_t begin = 0;
+    do {
+      const std::int64_t count = std::min(length, items[i].count - begin);
+      chunks.push_back({static_cast<std::int32_t>(i), static_cast<std::int32_t>(count), begin});
+      begin += length;
+    } while (begin < items[i].count);
+  }
+}
+
 }  // namespace
 
 const void* Table::bring(Device& device, const void* bytes, std::size_t count) {
@@ -42,10 +55,10 @@ Engine::~Engine() {
   struct Rest {
     std::vector<Held> kept;
     std::vector<Table> hypers_kept;
-    c10::DataPtr ticket;
+    c10::DataPtr standing;
   };
   static auto& rests = *new std::vector<Rest>;
-  rests.push_back({std::move(kept_), std::move(hypers_kept_), std::move(ticket_)});
+  rests.push_back({std::move(kept_), std::move(hypers_kept_), std::move(standing_)});
 }
 
 void Engine::set_aside() {
@@ -64,7 +77,7 @@ Engine::Batch& Engine::batch_for(const Span& span) {
     held_.emplace_back();
   }
   Batch& batch = batches_[used_++];
-  batch.what = {span.kernel, laid_out, false, 0};
+  batch.what = {span.kernel, laid_out, false, false, 0};
   batch.items.clear();
   batch.grads.clear();
   batch.layouts.clear();
@@ -73,17 +86,19 @@ Engine::Batch& Engine::batch_for(const Span& span) {
 
 void Engine::collect(const Work& work) {
   used_ = 0;
+  std::size_t stepped = 0;
   for (const Span& span : work.spans) {
     Batch& batch = batch_for(span);
     for (std::int64_t r = span.first; r < span.end; ++r) {
       const Run& run = work.runs[r];
       Item item{};  // to the last byte, as items are compared by bytes
       std::copy_n(run.stream, span.streams, item.stream);
-      item.stream[kGrad] = nullptr;
+      char*& grad = item.stream[span.streams > kGrad ? kGrad : kParam];
+      if (span.kernel != kZero) batch.grads.push_back(std::exchange(grad, nullptr));
       item.count = run.count;
       item.hypers = span.row;
-      if (!work.counters.empty()) {
-        const Counters::Counter& counter = work.counters[static_cast<std::size_t>(r)];
+      if (!work.counters.empty() && span.is_step()) {
+        const Counters::Counter& counter = work.counters[stepped++];
         item.counter = counter.data;
         item.counter_is_double = counter.is_double;
       }
@@ -92,37 +107,29 @@ void Engine::collect(const Work& work) {
         batch.layouts.push_back(*span.layout);
       }
       batch.items.push_back(item);
-      if (span.kernel != kZero) batch.grads.push_back(run.stream[kGrad]);
     }
   }
 }
 
-// Cuts the items into chunks, unless they are as long as they were. An empty item is one chunk too,
-// so that there is a block to count its step.
-void Engine::cut(Batch& batch) const {
+// Cuts the items, unless they are as long as they were.
+void Engine::cut(Batch& batch, bool measured) const {
   std::int64_t total = 0;
   bool as_before = batch.counts.size() == batch.items.size();
   for (std::size_t i = 0; i < batch.items.size(); ++i) {
     total += batch.items[i].count;
     as_before = as_before && batch.counts[i] == batch.items[i].count;
   }
-  if (as_before) return;
-  const std::int64_t share = total / (device_->processors() * kBlocksEach);
-  const std::int64_t times = batch.what.kernel == kZero ? kZeroes : 1, shortest = kShortest * times;
-  const std::int64_t chunk =
-      std::clamp((share + shortest - 1) / shortest * shortest, shortest, kLongest * times);
-  batch.counts.clear();
-  batch.chunks.clear();
-  for (std::size_t i = 0; i < batch.items.size(); ++i) {
-    const std::int64_t count = batch.items[i].count;
-    std::int64_t begin = 0;
-    do {
-      batch.chunks.push_back({static_cast<std::int32_t>(i),
-                              static_cast<std::int32_t>(std::min(chunk, count - begin)), begin});
-      begin += chunk;
-    } while (begin < count);
-    batch.counts.push_back(count);
+  if (!as_before) {
+    const std::int64_t share = total / (device_->processors() * kBlocksEach);
+    const std::int64_t times = batch.what.kernel == kZero ? kZeroes : 1;
+    const std::int64_t shortest = kShortest * times, longest = kLongest * times;
+    const std::int64_t rounded = (share + shortest - 1) / shortest * shortest;
+    cut_items(batch.items, std::clamp(rounded, shortest, longest), batch.chunks);
+    batch.pieces.clear();
+    batch.counts.clear();
+    for (const Item& item : batch.items) batch.counts.push_back(item.count);
   }
+  if (measured && batch.pieces.empty()) cut_items(batch.items, kPiece, batch.pieces);
 }
 
 void Engine::bring(Batch& batch, const Work& work) {
@@ -136,18 +143,39 @@ void Engine::bring(Batch& batch, const Work& work) {
     using A = decltype(arguments);
     return work.hypers.size() <= A::kHypers && batch.grads.size() <= A::kGrads;
   };
-  batch.what.few = !batch.what.laid_out && fits(FewArguments{});
+  const Around& around = work.around;
+  const bool more =
+      (around.before() && !around.keeps_unscaled) || around.after() || work.measuring.clips;
+  batch.what.around = batch.what.kernel != kZero && (more || !is_step(batch.what.kernel));
+  batch.what.few = !batch.what.laid_out && !batch.what.around && fits(FewArguments{});
   if (work.hypers.size() > ManyArguments::kHypers)
     tables.hypers = hypers_.bring(*device_, work.hypers);
   if (batch.grads.size() > ManyArguments::kGrads)
     tables.grads = held.grads.bring(*device_, batch.grads);
   tables.item_count = static_cast<std::int32_t>(batch.items.size());
-  tables.counts = std::any_of(batch.items.begin(), batch.items.end(),
+  tables.last = &batch == &batches_[used_ - 1];
+  tables.counts = (tables.last && work.averaged != nullptr) ||
+                  std::any_of(batch.items.begin(), batch.items.end(),
                               [](const Item& item) { return item.counter != nullptr; });
   tables.grad_scale = work.grad_scale;
   tables.found_inf = work.found_inf;
-  tables.ticket = static_cast<unsigned*>(ticket_.get());
+  tables.averaged = work.averaged;
+  tables.around = work.around;
+  tables.measuring = work.measuring;
+  tables.standing = standing();
   batch.what.blocks = static_cast<int>(batch.chunks.size());
+}
+
+void Engine::bring_standing() {
+  if (standing_) {
+    if (std::exchange(stream_, device_->stream()) != stream_) device_->used(standing_);
+    return;
+  }
+  static constexpr Standing kBefore;
+  auto standing = device_->allocate(sizeof(kBefore));
+  device_->upload(standing.get(), &kBefore, sizeof(kBefore));
+  standing_ = std::move(standing);
+  stream_ = device_->stream();
 }
 
 void Engine::prepare(const Work& work) {
@@ -156,39 +184,60 @@ void Engine::prepare(const Work& work) {
   const bool captures = device_->captures();
   if (captures || captured_) set_aside();
   captured_ = captures;
-  if (!ticket_) {
-    auto ticket = device_->allocate(sizeof(unsigned));
-    device_->zero(ticket.get(), sizeof(unsigned));
-    ticket_ = std::move(ticket);
-    stream_ = device_->stream();
-  } else if (device_->stream() != stream_) {
-    stream_ = device_->stream();
-    device_->used(ticket_);
-  }
+  bring_standing();
   collect(work);
   for (std::size_t b = 0; b < used_; ++b) {
-    cut(batches_[b]);
-    bring(batches_[b], work);
-    device_->prepare(batches_[b].what);
+    Batch& batch = batches_[b];
+    const bool measured = work.measuring.any && has_grads(batch.what.kernel);
+    cut(batch, measured);
+    bring(batch, work);
+    device_->prepare(batch.what);
+    batch.pieces_there = nullptr;
+    if (!measured) continue;
+    batch.pieces_there = held_[b].pieces.bring(*device_, batch.pieces);
+    device_->prepare(measuring(batch));
   }
+}
+
+// --- launching ----------------------------------------------------------------------------------
+
+Launch Engine::measuring(const Batch& batch) {
+  Launch what = batch.what;
+  what.kernel = measuring_kernel(batch.tables.measuring.order, what.kernel % kStorages);
+  what.around = true;
+  what.few = false;
+  what.blocks = static_cast<int>(batch.pieces.size());
+  return what;
 }
 
 template <class A>
-void Engine::launch(const Batch& batch) {
+void Engine::launch_with(const Launch& what, const Tables& tables, const Batch& batch) {
   A arguments;
-  arguments.tables = batch.tables;
-  if (batch.tables.hypers == nullptr)
+  arguments.tables = tables;
+  if (tables.hypers == nullptr)
     std::copy(hypers_here_->begin(), hypers_here_->end(), arguments.hypers);
-  if (batch.tables.grads == nullptr)
-    std::copy(batch.grads.begin(), batch.grads.end(), arguments.grads);
-  device_->launch(batch.what, &arguments);
+  if (tables.grads == nullptr) std::copy(batch.grads.begin(), batch.grads.end(), arguments.grads);
+  device_->launch(what, &arguments);
+}
+
+void Engine::launch(const Launch& what, const Tables& tables, const Batch& batch) {
+  what.few ? launch_with<FewArguments>(what, tables, batch)
+           : launch_with<ManyArguments>(what, tables, batch);
 }
 
 void Engine::launch() {
+  const auto measured = [](const Batch& batch) { return batch.pieces_there != nullptr; };
+  std::size_t left = static_cast<std::size_t>(std::count_if(
+      batches_.begin(), batches_.begin() + static_cast<std::ptrdiff_t>(used_), measured));
   for (std::size_t b = 0; b < used_; ++b) {
     const Batch& batch = batches_[b];
-    batch.what.few ? launch<FewArguments>(batch) : launch<ManyArguments>(batch);
+    if (!measured(batch)) continue;
+    Tables tables = batch.tables;
+    tables.chunks = batch.pieces_there;
+    tables.last = --left == 0;
+    launch(measuring(batch), tables, batch);
   }
+  for (std::size_t b = 0; b < used_; ++b) launch(batches_[b].what, batches_[b].tables, batches_[b]);
 }
 
 }  // namespace fastsgd::cuda

@@ -19,8 +19,11 @@ struct Work {
   const std::vector<Span>& spans;
   const Run* runs;
   const std::vector<Hypers>& hypers;            // what a span's row is the number of
-  std::span<const Counters::Counter> counters;  // one a run, or none
+  std::span<const Counters::Counter> counters;  // one a run that steps, or none
   const float *grad_scale = nullptr, *found_inf = nullptr;
+  Around around{};
+  Measuring measuring{};
+  std::int64_t* averaged = nullptr;  // how many averages there were, on the device
 };
 
 // Bytes that the device holds a copy of.
@@ -54,6 +57,8 @@ class Engine {
   void launch();
   // Whether a step was ever captured.
   bool ever_captured() const { return captured_ || !kept_.empty(); }
+  // On the device; null before the first work.
+  Standing* standing() const { return static_cast<Standing*>(standing_.get()); }
 
  private:
   // The work of one launch.
@@ -62,23 +67,27 @@ class Engine {
     std::vector<Item> items;
     std::vector<char*> grads;
     std::vector<Layout> layouts;
-    std::vector<Chunk> chunks;
-    std::vector<std::int64_t> counts;  // of the items that the chunks are for
+    std::vector<Chunk> chunks, pieces;  // the same items, cut to be stepped and to be measured
+    std::vector<std::int64_t> counts;   // of the items that they are for
     Tables tables{};
+    const Chunk* pieces_there = nullptr;
   };
   // What the device holds for the batches of one kernel.
   struct Held {
-    Table items, chunks, layouts, grads;
+    Table items, chunks, pieces, layouts, grads;
   };
 
   // Keeps the tables as a graph reads them; those of the next step are others.
   void set_aside();
   Batch& batch_for(const Span& span);
   void collect(const Work& work);
-  void cut(Batch& batch) const;
+  void cut(Batch& batch, bool measured) const;
   void bring(Batch& batch, const Work& work);
+  void bring_standing();
+  static Launch measuring(const Batch& batch);
+  void launch(const Launch& what, const Tables& tables, const Batch& batch);
   template <class A>
-  void launch(const Batch& batch);
+  void launch_with(const Launch& what, const Tables& tables, const Batch& batch);
 
   std::unique_ptr<Device> device_;
   std::vector<Batch> batches_;  // in the order in which the spans first need them
@@ -86,8 +95,8 @@ class Engine {
   std::vector<Held> held_;
   Table hypers_;
   const std::vector<Hypers>* hypers_here_ = nullptr;
-  c10::DataPtr ticket_;
-  std::int64_t stream_ = 0;  // that the ticket was used on last
+  c10::DataPtr standing_;
+  std::int64_t stream_ = 0;  // that it was used on last
   std::vector<Held> kept_;   // what replays read: never written again
   std::vector<Table> hypers_kept_;
   bool captured_ = false;  // the last step

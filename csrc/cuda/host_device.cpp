@@ -5,53 +5,107 @@
 
 #include <cstring>
 
-#include "cuda/block.h"
 #include "cuda/device.h"
 #include "cuda/emulation.h"
+#include "cuda/measure.h"
+#include "cuda/pairs.h"
+#include "cuda/step.h"
 
 namespace fastsgd::cuda {
 namespace {
 
-// One launch, block by block and thread by thread, as the kernel does it.
-template <class R, int kStructure, class T>
-void step(const Launch& what, const Tables& tables, const Hypers* hypers, char* const* grads) {
-  if (skips(tables)) return;
-  for (int b = 0; b < what.blocks; ++b) {
-    Block<R, kStructure, T> block;
-    block.prepare(tables, hypers, grads, b, what.laid_out);
-    for (int thread = 0; thread < kThreads; ++thread) {
-      what.laid_out ? block.run_laid_out(thread) : block.run_flat(thread);
-    }
-  }
-  if (!tables.counts) return;
-  for (int i = 0; i < tables.item_count; ++i) count_step(tables.items[i]);
+using Body = void (*)(const Launch&, const Tables&, const Hypers*, char* const*);
+
+void count_if_last(const Launch& what, const Tables& tables) {
+  if (!tables.counts || !is_last(tables.standing->ticket, what.blocks)) return;
+  all_threads([&](int thread) { count(tables, thread); });
 }
 
-struct Steps {
-  void (*step[kKernels])(const Launch&, const Tables&, const Hypers*, char* const*) = {};
+// One launch, block by block and thread by thread, as the kernel does it.
+template <class R, int kStructure, class T, bool kAround>
+void step(const Launch& what, const Tables& tables, const Hypers* hypers, char* const* grads) {
+  const bool skip = skips(tables);
+  if (skip && !(kAround && tables.around.clears)) return;
+  for (int b = 0; b < what.blocks; ++b) {
+    Block<R, kStructure, T, kAround> block{};
+    block.prepare(tables, hypers, grads, b, what.laid_out);
+    all_threads([&](int thread) {
+      skip            ? block.clear(thread, what.laid_out)
+      : what.laid_out ? block.run_laid_out(thread)
+                      : block.run_flat(thread);
+    });
+    if (!skip) count_if_last(what, tables);
+  }
+}
 
-  Steps() {
+template <class What, class T>
+void pairs(const Launch& what, const Tables& tables, const Hypers*, char* const* grads) {
+  if (skips(tables)) return;
+  for (int b = 0; b < what.blocks; ++b) {
+    PairBlock<What, T> block{};
+    block.prepare(tables, grads, b, what.laid_out);
+    all_threads(
+        [&](int thread) { what.laid_out ? block.run_laid_out(thread) : block.run_flat(thread); });
+    count_if_last(what, tables);
+  }
+}
+
+template <Order kOrder, class T>
+void measure(const Launch& what, const Tables& tables, const Hypers*, char* const* grads) {
+  for (int b = 0; b < what.blocks; ++b) {
+    PieceBlock<T> piece{};
+    Measured found{};
+    bool last = false;
+    measure_block<kOrder>(tables, grads, b, what.blocks, what.laid_out, piece, found, last);
+  }
+}
+
+template <bool kAround>
+struct Kernels {
+  Body kernel[kDeviceKernels] = {};
+
+  Kernels() {
     fill_kernels(
-        step,
+        kernel,
         []<class R, int kStructure, class T>(Instance<R, kStructure, T>) {
-          return cuda::step<R, kStructure, T>;
+          return cuda::step<R, kStructure, T, kAround>;
         },
         Rules{});
+    if constexpr (kAround) {
+      fill_others<float>(Storage::kFloat);
+      fill_others<double>(Storage::kDouble);
+      fill_others<BFloat16>(Storage::kBFloat16);
+      fill_others<Half>(Storage::kHalf);
+    }
+  }
+  template <class T>
+  void fill_others(Storage storage) {
+    const int type = static_cast<int>(storage);
+    fill_pairs<T>(type, List<Averaging, Clipping, Exchanging>{});
+    kernel[kSquares + type] = measure<Order::kTwo, T>;
+    kernel[kMagnitude + type] = measure<Order::kInfinity, T>;
+  }
+  template <class T, class... What>
+  void fill_pairs(int type, List<What...>) {
+    ((kernel[What::kKernel + type] = pairs<What, T>), ...);
   }
 };
 
 void zero(const Launch& what, const Tables& tables) {
   for (int b = 0; b < what.blocks; ++b) {
-    for (int thread = 0; thread < kThreads; ++thread) zero_bytes(tables, b, thread);
+    all_threads([&](int thread) { zero_bytes(tables, b, thread); });
   }
 }
 
 template <class A>
 void run(const Launch& what, const void* in) {
-  static const Steps steps;
+  static const Kernels<false> plain;
+  static const Kernels<true> around;
   const A& arguments = *static_cast<const A*>(in);
   if (what.kernel == kZero) return zero(what, arguments.tables);
-  steps.step[what.kernel](what, arguments.tables, arguments.hypers, arguments.grads);
+  const bool any = what.around || what.laid_out;
+  const Body kernel = (any ? around.kernel : plain.kernel)[what.kernel];
+  kernel(what, arguments.tables, arguments.hypers, arguments.grads);
 }
 
 class HostDevice final : public Device {

@@ -1,0 +1,209 @@
+// The norm of gradients, as functions of a block. A block measures one piece: each thread some of
+// its elements, always the same ones, and what they found is joined two by two; so nothing of how
+// the work was cut shows in the sum of a piece, nor, as they are added without rounding, in that of
+// all. It is computed in double, like the CPU's, and in another order within a piece.
+#pragma once
+
+#include "cuda/block.h"
+
+namespace fastsgd::cuda {
+
+static_assert(kPiece % (kThreads * kPackBytes / 2) == 0);
+
+// What a thread has found: squares in two doubles, or the greatest magnitude.
+struct Part {
+  double sum, rest;
+  bool not_finite;
+};
+
+template <class T>
+struct PieceBlock {
+  // A square of less than 53 bits leaves room to add to.
+  static constexpr bool kRest = sizeof(T) == sizeof(double);
+
+  const T* grad;
+  int count;
+  bool laid_out;
+  Corner corner;
+  Part part[kThreads];
+
+  FASTSGD_LANE void prepare(const Tables& tables, char* const* grads_here, std::int64_t block,
+                            bool is_laid_out) {
+    const Chunk& chunk = tables.chunks[block];
+    count = chunk.count;
+    laid_out = is_laid_out;
+    if (laid_out) corner.find(&tables.layouts[tables.items[chunk.item].layout], chunk.begin);
+    grad = reinterpret_cast<const T*>(grad_of(tables, grads_here, chunk)) +
+           (laid_out ? 0 : chunk.begin);
+  }
+
+  template <Order kOrder>
+  FASTSGD_LANE static void take(Part& part, double x, double factor) {
+    part.not_finite |= x - x != 0;
+    if constexpr (kOrder == Order::kInfinity) {
+      part.sum = lane::max(part.sum, lane::max(x, -x));
+    } else {
+      x *= factor;
+      add<kRest>(part, x * x);
+    }
+  }
+  template <bool kKeeps>
+  FASTSGD_LANE static void add(Part& part, double x) {
+    if constexpr (kKeeps) {
+      add_keeping_rest(x, part.sum, part.rest);
+    } else {
+      part.sum += x;
+    }
+  }
+
+  // A thread's elements.
+  template <Order kOrder>
+  FASTSGD_LANE void measure(int thread, double factor) {
+    constexpr int kPack = Pack<T>::kSize;
+    const T* from = grad;
+    FASTSGD_ASSUME_GLOBAL(from);
+    const bool packed = !laid_out && over_alignment(from) == 0;
+    Part mine{};
+    for (int i = thread * kPack; i < count; i += kThreads * kPack) {
+      Pack<T> pack{};
+      if (packed && i + kPack <= count) {
+        pack = *reinterpret_cast<const Pack<T>*>(from + i);
+      } else {
+        for (int k = 0; k < kPack && i + k < count; ++k) {
+          std::int64_t at[1] = {i + k};
+          if (laid_out) corner.locate(i + k, kGrad, at);
+          pack.item[k] = from[at[0]];
+        }
+      }
+      for (int k = 0; k < kPack; ++k) take<kOrder>(mine, to_scalar(pack.item[k]), factor);
+    }
+    part[thread] = mine;
+  }
+
+  template <Order kOrder>
+  FASTSGD_LANE void join(int thread, int other) {
+    Part& mine = part[thread];
+    const Part& theirs = part[other];
+    mine.not_finite |= theirs.not_finite;
+    if constexpr (kOrder == Order::kInfinity) {
+      mine.sum = lane::max(mine.sum, theirs.sum);
+    } else {
+      add<kRest>(mine, theirs.sum);
+      mine.rest += theirs.rest;
+    }
+  }
+
+  template <Order kOrder>
+  FASTSGD_LANE PieceMeasured run(Scaled scaled) {
+    const double factor = scaled == Scaled::kNot    ? 1
+                          : scaled == Scaled::kDown ? kScaledDown
+                                                    : kScaledUp;
+    all_threads([&](int thread) { measure<kOrder>(thread, factor); });
+    for (int half = kThreads / 2; half > 0; half /= 2) {
+      all_threads([&](int thread) {
+        if (thread < half) join<kOrder>(thread, thread + half);
+      });
+    }
+    const Part& all = part[0];
+    const double rest = kRest && !all.not_finite ? all.rest : 0;
+    return {all.sum, rest, all.not_finite, scaled};
+  }
+
+  // The piece, known to every thread.
+  template <Order kOrder>
+  FASTSGD_LANE PieceMeasured run() {
+    const PieceMeasured measured = run<kOrder>(Scaled::kNot);
+    if constexpr (!kRest || kOrder == Order::kInfinity) return measured;
+    const Scaled wanted = measured.out_of_range(kRest);
+    if (wanted == Scaled::kNot) return measured;
+    all_threads([](int) {});  // all have read the first
+    return run<kOrder>(wanted);
+  }
+};
+
+// --- all pieces ---------------------------------------------------------------------------------
+
+// Joins in what is found elsewhere at the same time.
+FASTSGD_LANE void join_sum(std::int64_t& sum, std::int64_t part) {
+#if defined(__CUDA_ARCH__)
+  atomicAdd(reinterpret_cast<unsigned long long*>(&sum), static_cast<unsigned long long>(part));
+#else
+  sum += part;
+#endif
+}
+FASTSGD_LANE void join_bits(unsigned& bits, unsigned part) {
+#if defined(__CUDA_ARCH__)
+  atomicOr(&bits, part);
+#else
+  bits |= part;
+#endif
+}
+// Of numbers without a sign, whose bits are in their order; a NaN's come after all.
+FASTSGD_LANE void join_greatest(double& greatest, double x) {
+  const std::uint64_t bits = bit_cast<std::uint64_t>(x) << 1 >> 1;
+#if defined(__CUDA_ARCH__)
+  atomicMax(reinterpret_cast<unsigned long long*>(&greatest), bits);
+#else
+  if (bits > bit_cast<std::uint64_t>(greatest)) greatest = bit_cast<double>(bits);
+#endif
+}
+FASTSGD_LANE void join(Measured& measured, Order order, const PieceMeasured& piece) {
+  if (piece.not_finite) join_bits(measured.not_finite, 1);
+  if (order == Order::kInfinity) return join_greatest(measured.greatest, piece.high);
+  ExactSum& sum = measured.sum(piece.scaled);
+  const auto add = [&](double x) {
+    if (x == 0) return;
+    ExactSum::add(
+        x, [&](int at, std::int64_t part) { join_sum(sum.place[at], part); },
+        [&](unsigned what) { join_bits(sum.special, what); });
+  };
+  add(piece.high);
+  add(piece.low);
+}
+
+// What is measured of the whole is brought to the block, and zeros left behind.
+FASTSGD_LANE void take_all(Standing& standing, Measured& found, int thread) {
+  static_assert(sizeof(Measured) % sizeof(std::uint64_t) == 0);
+  auto* from = reinterpret_cast<volatile std::uint64_t*>(&standing.measured);
+  auto* to = reinterpret_cast<std::uint64_t*>(&found);
+  for (int i = thread; i < static_cast<int>(sizeof(Measured) / sizeof(*to)); i += kThreads) {
+    to[i] = from[i];
+    from[i] = 0;
+  }
+}
+
+// What the step is to know.
+FASTSGD_LANE void conclude(const Tables& tables, Measured& found) {
+  const Measuring& what = tables.measuring;
+  Standing& standing = *tables.standing;
+  const double scale = tables.grad_scale == nullptr ? 1 : *tables.grad_scale;
+  standing.norm = norm_of(found, what.order, scale, what.is_double);
+  standing.factor = clip_factor(standing.norm, what.is_double, what.max_norm);
+  const bool raises = what.raises && standing.norm - standing.norm != 0;
+  standing.skips = raises || (what.skips && found.not_finite != 0) ? 1 : 0;
+  standing.skipped += standing.skips;
+}
+
+// What a block does: `piece`, `found` and `last` are its own.
+template <Order kOrder, class T>
+FASTSGD_LANE void measure_block(const Tables& tables, char* const* grads_here, std::int64_t block,
+                                int blocks, bool laid_out, PieceBlock<T>& piece, Measured& found,
+                                bool& last) {
+  if (overflowed(tables)) return;
+  all_threads([&](int thread) {
+    if (thread == 0) piece.prepare(tables, grads_here, block, laid_out);
+  });
+  const PieceMeasured measured = piece.template run<kOrder>();
+  all_threads([&](int thread) {
+    if (thread != 0) return;
+    join(tables.standing->measured, kOrder, measured);
+    last = tables.last && is_last(tables.standing->ticket, blocks);
+  });
+  if (!last) return;
+  all_threads([&](int thread) { take_all(*tables.standing, found, thread); });
+  all_threads([&](int thread) {
+    if (thread == 0) conclude(tables, found);
+  });
+}
+
+}  // namespace fastsgd::cuda

@@ -1,0 +1,114 @@
+// What is done to tensors, or pairs of them, without a rule; as functions of a block and a thread.
+#pragma once
+
+#include "cuda/block.h"
+
+namespace fastsgd::cuda {
+
+// An average of a parameter that is not stepped, and the parameter.
+struct Averaging {
+  static constexpr int kKernel = kAverage;
+  static constexpr bool kPairs = true, kWritesSecond = false;
+  template <class L, class T>
+  FASTSGD_LANE static void apply(const Around& around, const AroundLanes<L>& lanes, T& average,
+                                 const T& param) {
+    to_storage(lanes.average(around, to_scalar(average), to_scalar(param)), average);
+  }
+};
+
+// A tensor that is clipped.
+struct Clipping {
+  static constexpr int kKernel = kScale;
+  static constexpr bool kPairs = false, kWritesSecond = false;
+  template <class L, class T>
+  FASTSGD_LANE static void apply(const Around& around, const AroundLanes<L>& lanes, T& x, T&) {
+    to_storage(lanes.clip(around, to_scalar(x)), x);
+  }
+};
+
+// Two that change places.
+struct Exchanging {
+  static constexpr int kKernel = kExchange;
+  static constexpr bool kPairs = true, kWritesSecond = true;
+  template <class L, class T>
+  FASTSGD_LANE static void apply(const Around&, const AroundLanes<L>&, T& a, T& b) {
+    const T kept = a;
+    a = b;
+    b = kept;
+  }
+};
+
+// The second of a pair is where gradients are; so is a tensor alone.
+template <class What, class T>
+struct PairBlock {
+  using Scalar = typename Compute<T>::Scalar;
+  static constexpr int kCount = What::kPairs ? 2 : 1, kLast = kCount - 1;
+
+  Around around;
+  AroundLanes<Scalar> lanes;
+  T* stream[kCount];
+  int count, head;
+  Corner corner;
+
+  FASTSGD_LANE void prepare(const Tables& tables, char* const* grads_here, std::int64_t block,
+                            bool laid_out) {
+    const Chunk& chunk = tables.chunks[block];
+    const Item& item = tables.items[chunk.item];
+    around = around_of(tables);
+    lanes = lanes_of<Scalar>(around);
+    count = chunk.count;
+    if (laid_out) corner.find(&tables.layouts[item.layout], chunk.begin);
+    const std::int64_t offset = laid_out ? 0 : chunk.begin;
+    stream[0] = reinterpret_cast<T*>(item.stream[0]) + offset;
+    stream[kLast] = reinterpret_cast<T*>(grad_of(tables, grads_here, chunk)) + offset;
+    const int over = over_alignment(stream[0]);
+    const int needed = (kPackBytes - over) % kPackBytes / static_cast<int>(sizeof(T));
+    head = over == over_alignment(stream[kLast]) && needed < count ? needed : count;
+  }
+
+  template <class E>
+  FASTSGD_LANE static E& at(T* stream, std::int64_t i) {
+    return *reinterpret_cast<E*>(stream + i);
+  }
+  // Loaded, and stored where they are written: E is an element, or a pack of some.
+  template <class E, class Apply>
+  FASTSGD_LANE void act(const std::int64_t (&where)[kCount], Apply apply) const {
+    E first = at<E>(stream[0], where[0]), second = at<E>(stream[kLast], where[kLast]);
+    apply(first, second);
+    at<E>(stream[0], where[0]) = first;
+    if (What::kWritesSecond) at<E>(stream[kLast], where[kLast]) = second;
+  }
+  FASTSGD_LANE void act_one(const std::int64_t (&where)[kCount]) const {
+    act<T>(where, [&](T& a, T& b) { What::apply(around, lanes, a, b); });
+  }
+
+  FASTSGD_LANE void run_flat(int thread) const {
+    FASTSGD_ASSUME_GLOBAL(stream[0]);
+    FASTSGD_ASSUME_GLOBAL(stream[kLast]);
+    const auto both = [&](int i, auto act) {
+      std::int64_t where[kCount];
+      for (std::int64_t& each : where) each = i;
+      act(where);
+    };
+    const auto on_pack = [&](int i) {
+      both(i, [&](const auto& where) {
+        act<Pack<T>>(where, [&](Pack<T>& a, Pack<T>& b) {
+          for (int k = 0; k < Pack<T>::kSize; ++k) {
+            What::apply(around, lanes, a.item[k], b.item[k]);
+          }
+        });
+      });
+    };
+    const auto on_one = [&](int i) { both(i, [&](const auto& where) { act_one(where); }); };
+    share<Pack<T>::kSize>(thread, count, head, on_pack, on_one);
+  }
+  FASTSGD_LANE void run_laid_out(int thread) const {
+    for (int i = thread; i < count; i += kThreads) {
+      std::int64_t where[kCount];
+      corner.locate(i, 0, where);
+      act_one(where);
+    }
+  }
+};
+
+}  // namespace fastsgd::cuda

@@ -1,0 +1,204 @@
+// The step, as functions of a block and a thread.
+#pragma once
+
+#include "cuda/block.h"
+#include "cuda/number.h"
+
+namespace fastsgd::cuda {
+
+// What the threads of a block share. All of it is computed once a block, by one thread. `kAround`
+// if it may be told to do anything around the rule but to unscale.
+template <class R, int kStructure, class T, bool kAround>
+struct Block {
+  using Scalar = typename Compute<T>::Scalar;
+  static constexpr int kStates = size_of(R::states(kStructure));
+  static constexpr int kStreams = kState + kStates;
+  static constexpr int kPack = Pack<T>::kSize;
+  static constexpr bool kHalf = sizeof(T) == 2;
+
+  typename R::template Scalars<Scalar> scalars;
+  Around around;
+  AroundLanes<Scalar> lanes;
+  bool maximize;
+  T* stream[kStreams];  // at the first element of the chunk; laid out ones at that of the item
+  char* average;        // likewise; of float32 or of T
+  int count;
+  int head;       // elements before the first that is aligned in every stream
+  Corner corner;  // where the streams do not lie flat
+
+  // `hypers_here` and `grads_here` are those of the arguments, where the tables have none.
+  FASTSGD_LANE void prepare(const Tables& tables, const Hypers* hypers_here,
+                            char* const* grads_here, std::int64_t block, bool laid_out) {
+    const Chunk& chunk = tables.chunks[block];
+    const Item& item = tables.items[chunk.item];
+    // A copy: all of it is on its way before any of it is looked at.
+    const Hypers hypers = (tables.hypers == nullptr ? hypers_here : tables.hypers)[item.hypers];
+    char* grad = grad_of(tables, grads_here, chunk);
+
+    Number numbers[sizeof(R::kHypers) / sizeof(Hyper)];
+    for (int i = 0; i < static_cast<int>(sizeof(numbers) / sizeof(Number)); ++i) {
+      numbers[i] = read(hypers, i);
+    }
+    Moment moment;
+    if (item.counter != nullptr) {
+      const double steps = steps_of(item);
+      moment.first = steps == 0;
+      moment.step = steps + 1;
+    }
+    scalars = R::scalars(numbers, moment).each([](double x) { return static_cast<Scalar>(x); });
+    around = around_of(tables);
+    lanes = lanes_of<Scalar>(around);
+    maximize = hypers.maximize;
+
+    count = chunk.count;
+    if (laid_out) corner.find(&tables.layouts[item.layout], chunk.begin);
+    const std::int64_t offset = laid_out ? 0 : chunk.begin;
+    for (int s = 0; s < kStreams; ++s) {
+      stream[s] = reinterpret_cast<T*>(s == kGrad ? grad : item.stream[s]) + offset;
+    }
+    average = item.stream[kStreams] + offset * average_size();
+    head = elements_before_alignment();
+  }
+
+  FASTSGD_LANE bool unscales() const { return around.unscales; }
+  FASTSGD_LANE bool averages() const { return kAround && around.averages; }
+  FASTSGD_LANE bool wide() const { return kHalf && around.wide; }
+  FASTSGD_LANE int average_size() const {
+    return static_cast<int>(wide() ? sizeof(float) : sizeof(T));
+  }
+  FASTSGD_LANE bool keeps_unscaled() const {
+    return kAround ? around.keeps_unscaled : around.unscales;
+  }
+  FASTSGD_LANE bool writes_grad() const { return kAround ? around.writes_grad() : around.unscales; }
+
+  // All of them where the streams are aligned differently.
+  FASTSGD_LANE int elements_before_alignment() const {
+    const int first = over_alignment(stream[0]);
+    const int needed = (kPackBytes - first) % kPackBytes / static_cast<int>(sizeof(T));
+    bool together = first % static_cast<int>(sizeof(T)) == 0;
+    for (int s = 1; s < kStreams; ++s) together &= over_alignment(stream[s]) == first;
+    if (averages()) together &= over_alignment(average + needed * average_size()) == 0;
+    return together && needed < count ? needed : count;
+  }
+
+  // One element of each stream, in registers; as in the CPU's kernels.
+  FASTSGD_LANE void update(Scalar& p, T& grad, Scalar* state) const {
+    Scalar g = to_scalar(grad);
+    if (unscales()) g = g / lanes.grad_scale;
+    if (keeps_unscaled()) to_storage(g, grad);
+    if constexpr (kAround) g = lanes.clip(around, g);
+    if (maximize) g = -g;
+    R::template update<kStructure>(scalars, p, g, state);
+  }
+  // What follows it, when the parameter is as it was stored.
+  template <class E>
+  FASTSGD_LANE void move(E& average, T stored) const {
+    const auto p = to_scalar(stored);
+    to_storage(lanes.average(around, static_cast<Scalar>(to_scalar(average)), p), average);
+  }
+
+  template <int kCount>
+  FASTSGD_LANE void step_one(const std::int64_t (&at)[kCount]) const {
+    T& param = stream[kParam][at[kParam]];
+    Scalar p = to_scalar(param), state[kStates + 1];
+    T grad = stream[kGrad][at[kGrad]];
+    for (int i = 0; i < kStates; ++i) state[i] = to_scalar(stream[kState + i][at[kState + i]]);
+    update(p, grad, state);
+    for (int i = 0; i < kStates; ++i) to_storage(state[i], stream[kState + i][at[kState + i]]);
+    if constexpr (kAround) {
+      if (around.clears) grad = T{};
+    }
+    if (writes_grad()) stream[kGrad][at[kGrad]] = grad;
+    T stored;
+    to_storage(p, stored);
+    param = stored;
+    if constexpr (kAround) {
+      if (!around.averages) return;
+      const std::int64_t where = at[kStreams];
+      if constexpr (kHalf) {
+        if (around.wide) return move(reinterpret_cast<float*>(average)[where], stored);
+      }
+      move(reinterpret_cast<T*>(average)[where], stored);
+    }
+  }
+  FASTSGD_LANE void step_one(int i) const {
+    std::int64_t at[kStreams + kAround];
+    for (std::int64_t& each : at) each = i;
+    step_one(at);
+  }
+
+  // The averages of the parameters in a pack.
+  struct Averages {
+    Pack<T> narrow;
+    Pack<float> wide[kHalf ? 2 : 1];
+  };
+  FASTSGD_LANE void load(Averages& averages, int i) const {
+    if (wide()) {
+      const auto* from = reinterpret_cast<const Pack<float>*>(average + i * sizeof(float));
+      for (int half = 0; half < (kHalf ? 2 : 1); ++half) averages.wide[half] = from[half];
+    } else {
+      averages.narrow = *reinterpret_cast<const Pack<T>*>(average + i * sizeof(T));
+    }
+  }
+  FASTSGD_LANE void move_and_store(Averages& averages, const Pack<T>& param, int i) const {
+    if (wide()) {
+      auto* to = reinterpret_cast<Pack<float>*>(average + i * sizeof(float));
+      for (int k = 0; kHalf && k < kPack; ++k)
+        move(averages.wide[k / 4].item[k % 4], param.item[k]);
+      for (int half = 0; half < (kHalf ? 2 : 1); ++half) to[half] = averages.wide[half];
+    } else {
+      for (int k = 0; k < kPack; ++k) move(averages.narrow.item[k], param.item[k]);
+      *reinterpret_cast<Pack<T>*>(average + i * sizeof(T)) = averages.narrow;
+    }
+  }
+
+  FASTSGD_LANE void step_pack(int i) const {
+    Pack<T> pack[kStreams];
+    Averages of_pack;
+    for (int s = 0; s < kStreams; ++s) pack[s] = *reinterpret_cast<const Pack<T>*>(stream[s] + i);
+    if (averages()) load(of_pack, i);
+    for (int k = 0; k < kPack; ++k) {
+      Scalar p = to_scalar(pack[kParam].item[k]), state[kStates + 1];
+      for (int j = 0; j < kStates; ++j) state[j] = to_scalar(pack[kState + j].item[k]);
+      update(p, pack[kGrad].item[k], state);
+      for (int j = 0; j < kStates; ++j) to_storage(state[j], pack[kState + j].item[k]);
+      to_storage(p, pack[kParam].item[k]);
+    }
+    if constexpr (kAround) {
+      if (around.clears) pack[kGrad] = {};
+    }
+    for (int s = 0; s < kStreams; ++s) {
+      if (s != kGrad || writes_grad()) *reinterpret_cast<Pack<T>*>(stream[s] + i) = pack[s];
+    }
+    if (averages()) move_and_store(of_pack, pack[kParam], i);
+  }
+
+  // A thread's share of a chunk whose streams lie flat.
+  FASTSGD_LANE void run_flat(int thread) const {
+    for (int s = 0; s < kStreams; ++s) FASTSGD_ASSUME_GLOBAL(stream[s]);
+    if (averages()) {
+      FASTSGD_ASSUME_GLOBAL(average);
+    }
+    share<kPack>(thread, count, head, [&](int i) { step_pack(i); }, [&](int i) { step_one(i); });
+  }
+
+  // A thread's share of one whose streams lie as the layout says.
+  FASTSGD_LANE void run_laid_out(int thread) const {
+    for (int i = thread; i < count; i += kThreads) {
+      std::int64_t at[kStreams + kAround];
+      corner.locate(i, 0, at);
+      step_one(at);
+    }
+  }
+
+  // A thread's share of clearing the gradients of a step that is skipped.
+  FASTSGD_LANE void clear(int thread, bool laid_out) const {
+    FASTSGD_ROLLED for (int i = thread; i < count; i += kThreads) {
+      std::int64_t at[1] = {i};
+      if (laid_out) corner.locate(i, kGrad, at);
+      stream[kGrad][at[0]] = T{};
+    }
+  }
+};
+
+}  // namespace fastsgd::cuda

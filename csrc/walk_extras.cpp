@@ -1,0 +1,163 @@
+// The part of a step that is not the rule's: the norm, averages, clearing.
+#include <ATen/ops/full.h>
+#include <ATen/ops/scalar_tensor.h>
+
+#include <cmath>
+#include <utility>
+
+#include "pytensor.h"
+#include "walk.h"
+
+namespace fastsgd {
+
+// The device on which all of the step is done; null if it is done here, or in several places.
+cuda::DeviceWork* Walker::alone() const {
+  return works_.size() == 1 && plan_.empty() ? works_.front() : nullptr;
+}
+
+// --- the norm -----------------------------------------------------------------------------------
+
+// Whether Python is to find it: each process has a part of it, and each device; and what is an
+// error must be known here.
+bool Walker::norm_is_apart() const {
+  const std::size_t places = works_.size() + (plan_.empty() ? 0 : 1);
+  return has_shards_ || places > 1 || (!works_.empty() && extras_->raises);
+}
+
+// Measures the gradients of a planned step, or sees to it that their device does. Returns whether
+// the step is to be taken, for all that is known here; throws where the norm is not finite and that
+// is an error.
+bool Walker::measure() {
+  cuda::DeviceWork* there = alone();
+  Plan& plan = there != nullptr && there->plan.steps() ? there->plan : plan_;
+  norm_is_double_ = plan.any_double();
+  grad_norm_ = at::Tensor();
+  if (&plan != &plan_) {
+    norm_there_ = there;
+    measuring_ = {true,           extras_->order,    norm_is_double_,
+                  extras_->clips, extras_->max_norm, extras_->skips};
+    return true;
+  }
+  Measured measured = plan.measure(extras_->order);
+  norm_ = norm_of(measured, extras_->order, scaling_.scale, norm_is_double_);
+  norm_there_ = nullptr;
+  has_norm_ = true;
+  TORCH_CHECK(!extras_->raises || std::isfinite(norm_), "The total norm of order ",
+              extras_->order == Order::kTwo ? "2.0" : "inf",
+              " for gradients from `parameters` is non-finite, so it cannot be clipped. To disable "
+              "this error and scale the gradients by the non-finite norm anyway, set "
+              "`error_if_nonfinite=False`");
+  factor_ = clip_factor(norm_, norm_is_double_, extras_->max_norm);
+  const bool skips = extras_->skips && measured.not_finite != 0;
+  if (skips) ++skipped_;
+  return !skips;
+}
+
+at::Tensor Walker::grad_norm() const {
+  if (norm_there_ != nullptr) return norm_there_->norm(norm_is_double_);
+  if (grad_norm_.defined()) return grad_norm_.clone();
+  if (!has_norm_) return {};
+  return at::scalar_tensor(norm_, norm_is_double_ ? at::kDouble : at::kFloat);
+}
+
+std::int64_t Walker::skipped_steps() const {
+  std::int64_t skipped = skipped_;
+  for (const auto& work : devices_.all()) skipped += work->skipped();
+  return skipped;
+}
+
+void Walker::note(const at::Tensor& grad_norm, bool skipped) {
+  norm_there_ = nullptr;
+  grad_norm_ = grad_norm;
+  skipped_ += skipped;
+}
+
+// --- around the rule ----------------------------------------------------------------------------
+
+// But for what only a device knows.
+Around Walker::around() const {
+  Around around;
+  around.grad_scale = scaling_.scale;
+  around.unscales = scaling_.unscale;
+  around.keeps_unscaled = scaling_.unscale && !extras_->any;
+  around.clips = (extras_->clips || extras_->has_factor) && factor_ != 1;
+  around.factor = factor_;
+  around.bounds = extras_->bounds;
+  around.bound = extras_->bound;
+  around.averages = extras_->averages;
+  around.weight = 1 - decay_;
+  around.starts = starts_;
+  around.wide = extras_->wide;
+  around.clears = clears_in_pass_;
+  return around;
+}
+
+// Clears the gradients, which the kernels have set to zero if they stepped.
+void Walker::clear(PyObject* groups, bool stepped) {
+  const bool to_none = extras_->clear == Extras::Clear::kToNone;
+  if (!to_none && stepped && clears_in_pass_) {
+    for (const at::Tensor& grad : in_graphs_) detach(grad);
+    return;
+  }
+  std::vector<Ref> others;
+  if (!reset(groups, to_none, others)) return;
+  for (const Ref& other : others) {
+    static PyObject* const reset_grad = [] {
+      const Ref module = Ref::steal(checked(PyImport_ImportModule("fastsgd._optimizer")));
+      return checked(PyObject_GetAttrString(module.get(), "_reset_grad"));
+    }();
+    Ref::steal(checked(PyObject_CallFunctionObjArgs(reset_grad, other.get(),
+                                                    to_none ? Py_True : Py_False, nullptr)));
+  }
+}
+
+// --- averages -----------------------------------------------------------------------------------
+
+// Finds out how many averages there were, where they are counted, and the decay of this one. A
+// device that steps alone counts by itself: it may skip a step, or repeat one in a graph.
+void Walker::begin_average(Averaged& averaged) {
+  cuda::DeviceWork* there = alone();
+  const auto known = [&] {
+    return averaged.there.defined() ? averaged.there.item<std::int64_t>() : averaged.count;
+  };
+  if (there == nullptr) {
+    averaged = {known(), {}};
+    starts_ = averaged.count == 0;
+  } else {
+    bring_count(averaged, *there, known);
+  }
+  if (extras_->schedule != nullptr) decay_ = decay_of(extras_->schedule, averaged.count + 1);
+}
+
+template <class Known>
+void Walker::bring_count(Averaged& averaged, cuda::DeviceWork& there, Known known) {
+  const auto options = at::device(there.device().tensors()).dtype(at::kLong);
+  const bool captures = there.device().captures(), has_schedule = extras_->schedule != nullptr;
+  const auto is_there = [&](const at::Tensor& count) {
+    return count.defined() && count.numel() == 1 && count.scalar_type() == at::kLong &&
+           count.device() == options.device();
+  };
+  TORCH_CHECK(!captures || (is_there(averaged.there) && !has_schedule),
+              has_schedule ? "ema_decay is a schedule, and a graph is being captured, in which one "
+                             "decay would be repeated. Set ema_decay to a number before."
+                           : "the averages of ema_decay begin with this step, and a graph is being "
+                             "captured. Take one step before the capture.");
+  if (!is_there(averaged.there)) {
+    averages_known_ = known();
+    averaged.there = at::full({}, averages_known_, options);
+    averages_known_of_ = averaged.there.unsafeGetTensorImpl();
+  }
+  const bool is_known = averages_known_of_ == averaged.there.unsafeGetTensorImpl();
+  if (has_schedule) averaged.count = is_known && !there.captured() ? averages_known_ : known();
+  // This step's own is known beforehand only where nothing can skip it.
+  averages_known_ = averaged.count + 1;
+  const bool may_skip = scaling_.found_inf_at != nullptr || measuring_.skips;
+  averages_known_of_ = has_schedule && !may_skip ? averaged.there.unsafeGetTensorImpl() : nullptr;
+}
+
+void Walker::end_average(PyObject* attributes, Averaged& averaged) {
+  if (!averaged.there.defined()) ++averaged.count;
+  extras_reader_.keep(attributes, averaged);
+}
+
+}  // namespace fastsgd
