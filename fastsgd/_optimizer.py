@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.profiler import record_function
 from torch.compiler import is_compiling
 from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
@@ -114,12 +115,13 @@ def _make_step(stock_step: Step) -> Step:
 
     # The hooks, their protocol and the profiler's record are torch's own code.
     observed = Optimizer.profile_hook_step(unobserved)
+    untraced = _disable_dynamo(observed)  # without importing dynamo
 
     @functools.wraps(stock_step)
     def step(self: FusedStep, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling() and "_extras" not in self.__dict__:
-            # torch breaks the graph in there, and what called step() then calls it untraced.
-            return stock_step(self, *args, **kwargs)
+        if is_compiling():
+            # torch breaks the graph in its own, and what called step() then calls it untraced.
+            return (untraced if "_extras" in self.__dict__ else stock_step)(self, *args, **kwargs)
         if not args and not kwargs and _C.step(self):
             return None
         return observed(self, *args, **kwargs)

@@ -134,3 +134,29 @@ def test_kept_by_copies(row: Row, way: Any, extras: Any) -> None:
     assert_equal(copies(all_params(other)), copies(all_params(twins.ours)))
     other.max_grad_norm = 99.0
     assert twins.ours.max_grad_norm == {**EXTRAS, **extras}["max_grad_norm"]
+
+
+@pytest.mark.filterwarnings(
+    "error:.*Graph break:UserWarning", "error:.*attempted to call:UserWarning"
+)
+def test_in_a_compiled_function(row: Row) -> None:
+    """It breaks the graph there, and the kernels do what they do without."""
+    made = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(33, 17)
+        extras = {"max_grad_norm": 0.5, "ema_decay": 0.9, "clear_grads": True}
+        optimizer = row.ours(net.parameters(), **row.rich, **extras)
+
+        def train(x: Any, net: Any = net, optimizer: Any = optimizer) -> Any:
+            net(x).square().mean().backward()
+            optimizer.step()
+            return net(x).sum()
+
+        run = torch.compile(train, backend="eager") if compiled else train
+        losses = [run(torch.full((5, 33), 0.1 * step)) for step in range(4)]
+        params = all_params(optimizer)
+        states = [copies(optimizer.state[p].values()) for p in params]
+        made.append([losses, copies(params), states, optimizer.grad_norm])
+    torch._dynamo.reset()
+    assert_equal(*made)
