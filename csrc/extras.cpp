@@ -1,10 +1,10 @@
 #include "extras.h"
 
-#include <c10/util/Exception.h>
 #include <torch/csrc/Exceptions.h>
 
 #include <cmath>
 
+#include "pycall.h"
 #include "pytensor.h"
 
 namespace fastsgd {
@@ -93,13 +93,12 @@ void ExtrasReader::keep(PyObject* attributes, const Averaged& averaged) {
 }
 
 double decay_of(PyObject* schedule, std::int64_t number_of_average) {
+  static auto& check = *new PyCall("fastsgd._extras", "checked_decay");
   const Ref kept = Ref::borrow(schedule);
-  const Ref result =
-      Ref::steal(checked(PyObject_CallFunction(schedule, "L", (long long)number_of_average)));
-  const double decay = number(result.get());
-  TORCH_CHECK_VALUE(decay >= 0 && decay <= 1, "Invalid decay value ", decay,
-                    " provided. Please provide a value in [0,1] range.");
-  return decay;
+  const Ref number_object = Ref::steal(checked(PyLong_FromLongLong(number_of_average)));
+  const Ref decay =
+      Ref::steal(checked(PyObject_CallFunctionObjArgs(schedule, number_object.get(), nullptr)));
+  return number(check(decay.get()).get());
 }
 
 }  // namespace fastsgd

@@ -27,15 +27,16 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
+at::Tensor tensor_of(c10::TensorImpl& tensor) {
+  return at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&tensor));
+}
+
 // A tensor for a state, its memory laid out as stock's operators would lay it out.
 at::Tensor empty_state(const Birth& birth, c10::TensorImpl& param, c10::TensorImpl& grad) {
-  const auto of = [](c10::TensorImpl& tensor) {
-    return at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&tensor));
-  };
   if (birth.how == NewState::kFilled) {
-    return at::empty_like(of(param), at::TensorOptions().requires_grad(false));
+    return at::empty_like(tensor_of(param), at::TensorOptions().requires_grad(false));
   }
-  const at::Tensor g = of(grad);
+  const at::Tensor g = tensor_of(grad);
   const bool alike = grad.is_contiguous() && grad.strides() == param.strides();
   if (alike || (!birth.adds_param && !birth.maximize)) return at::empty_like(g);
   const auto shape_of = [](const c10::TensorImpl& tensor) {
@@ -45,14 +46,6 @@ at::Tensor empty_state(const Birth& birth, c10::TensorImpl& param, c10::TensorIm
   if (birth.maximize) like = at::neg(like);
   if (birth.adds_param) like = at::add(like, shape_of(param));
   return at::empty_strided(like.sizes(), like.strides(), g.options().requires_grad(false));
-}
-
-// The parameter as it is, for an average; of the type that it is to have.
-at::Tensor new_average(const Update& update, c10::TensorImpl& param) {
-  const auto of = at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&param)).detach();
-  const at::Tensor average =
-      at::empty_like(of, of.options().dtype(average_type(update, param)).requires_grad(false));
-  return update.starts ? average : average.copy_(of);  // one that starts is written by the step
 }
 
 // The same with what it begins as, unless that is a copy of the gradient, which the step makes.
@@ -106,7 +99,7 @@ bool Plan::add_creating(const Update& update, Place place, Subject& subject, Own
     if (subject.tensor[s] != nullptr) continue;
     c10::TensorImpl& param = *subject.tensor[kParam];
     created[s - kState] = s - kState == update.structure->average
-                              ? new_average(update, param)
+                              ? new_average(update, tensor_of(param))
                               : new_state(birth, param, *subject.tensor[kGrad]);
     subject.tensor[s] = created[s - kState].unsafeGetTensorImpl();
   }

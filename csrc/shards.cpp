@@ -21,12 +21,6 @@ bool is_true(PyObject* object) {
   return truth != 0;
 }
 
-// The parameter as it is, of the dtype that its average is to have.
-at::Tensor average_of(const at::Tensor& param, const Update& update) {
-  const auto dtype = c10::typeMetaToScalarType(average_type(update, *param.unsafeGetTensorImpl()));
-  return param.detach().to(dtype, /*non_blocking=*/false, /*copy=*/true);
-}
-
 }  // namespace
 
 void LocalShards::learn(PyObject* object) {
@@ -101,7 +95,7 @@ void Shards::answer() {
     std::vector<at::Tensor> made;
     const Structure& structure = *wanted.update.structure;
     for (int i = 0; i < structure.count; ++i) {
-      at::Tensor state = i == structure.average ? average_of(param, wanted.update)
+      at::Tensor state = i == structure.average ? new_average(wanted.update, param)
                          : wanted.birth.how == NewState::kFilled
                              ? at::full_like(param, wanted.birth.fill)
                              : at::empty_like(*grad);

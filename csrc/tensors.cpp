@@ -54,6 +54,11 @@ bool same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b) {
   return a.strides() == b.strides();
 }
 
+at::Tensor new_average(const Update& update, const at::Tensor& param) {
+  const auto dtype = c10::typeMetaToScalarType(average_type(update, *param.unsafeGetTensorImpl()));
+  return param.detach().to(dtype, /*non_blocking=*/false, /*copy=*/true);
+}
+
 std::string at_place(Place place) {
   return c10::str("param_groups[", place.group, "]['params'][", place.index, "]");
 }

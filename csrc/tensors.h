@@ -35,7 +35,6 @@ struct Update {
   bool writes_grad = false;
   bool adds_param = false;  // to the gradient
   bool wide = false;        // averages of parameters of 16 bits are float32
-  bool starts = false;      // averages begin with this step
 };
 
 // How the kernels call the tensor's dtype, if they know it.
@@ -53,6 +52,9 @@ inline caffe2::TypeMeta average_type(const Update& update, const c10::TensorImpl
   const bool half = param.dtype().itemsize() == 2;
   return update.wide && half ? caffe2::TypeMeta::Make<float>() : param.dtype();
 }
+
+// A new average: the parameter as it is.
+at::Tensor new_average(const Update& update, const at::Tensor& param);
 
 inline constexpr std::int16_t kItemSizes[kStorages] = {4, 8, 2, 2};
 

@@ -165,7 +165,6 @@ bool Walker::step(PyObject* optimizer) {
   decay_ = extras_->decay;
   Averaged averaged;
   if (extras_->averages) averaged = extras_reader_.averaged(attributes);
-  starts_ = averaged.count == 0 && !averaged.there.defined();
   clears_in_pass_ = extras_->clear == Extras::Clear::kToZero;
   works_.clear();
   const Way way = plan_step(groups.get(), state.get(), defaults.get(), attributes);

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <utility>
 
+#include "pycall.h"
 #include "pytensor.h"
 #include "walk.h"
 
@@ -42,11 +43,12 @@ bool Walker::measure() {
   norm_ = norm_of(measured, extras_->order, scaling_.scale, norm_is_double_);
   norm_there_ = nullptr;
   has_norm_ = true;
-  TORCH_CHECK(!extras_->raises || std::isfinite(norm_), "The total norm of order ",
-              extras_->order == Order::kTwo ? "2.0" : "inf",
-              " for gradients from `parameters` is non-finite, so it cannot be clipped. To disable "
-              "this error and scale the gradients by the non-finite norm anyway, set "
-              "`error_if_nonfinite=False`");
+  if (extras_->raises) {
+    static auto& raise = *new PyCall("fastsgd._norm", "raise_if_nonfinite");
+    const Ref norm = Ref::steal(checked(THPVariable_Wrap(grad_norm())));
+    const bool is_two = extras_->order == Order::kTwo;
+    raise(norm.get(), Ref::steal(checked(PyFloat_FromDouble(is_two ? 2 : INFINITY))).get());
+  }
   factor_ = clip_factor(norm_, norm_is_double_, extras_->max_norm);
   const bool skips = extras_->skips && measured.not_finite != 0;
   if (skips) ++skipped_;
@@ -101,14 +103,8 @@ void Walker::clear(PyObject* groups, bool stepped) {
   }
   std::vector<Ref> others;
   if (!reset(groups, to_none, others)) return;
-  for (const Ref& other : others) {
-    static PyObject* const reset_grad = [] {
-      const Ref module = Ref::steal(checked(PyImport_ImportModule("fastsgd._optimizer")));
-      return checked(PyObject_GetAttrString(module.get(), "_reset_grad"));
-    }();
-    Ref::steal(checked(PyObject_CallFunctionObjArgs(reset_grad, other.get(),
-                                                    to_none ? Py_True : Py_False, nullptr)));
-  }
+  static auto& reset_grad = *new PyCall("fastsgd._optimizer", "_reset_grad");
+  for (const Ref& other : others) reset_grad(other.get(), to_none ? Py_True : Py_False);
 }
 
 // --- averages -----------------------------------------------------------------------------------

@@ -46,15 +46,13 @@ Update Walker::update_with(const Group& group, std::int32_t row) const {
           .row = row,
           .writes_grad = extras_->any ? clears_in_pass_ : scaling_.unscale,
           .adds_param = rule_.adds_param(group.options.hypers),
-          .wide = extras_->wide,
-          .starts = starts_};
+          .wide = extras_->wide};
 }
 
 // On another device: where the steps are counted there, one update is good for any moment.
 const Update& Walker::update_on(cuda::DeviceWork& work, Group& group) {
   if (group.work != &work) {
     group.update_there = update_with(group, work.row_of(rule_, group.options));
-    group.update_there.starts = false;  // it may skip the step that would write them
     group.work = &work;
   }
   return group.update_there;

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, HALVES, ORDINARY_SHAPES, Row
-from onepass import INF, NAN, assert_norm, copies
+from onepass import INF, NAN, all_dtypes, assert_norm, copies
 from oracle import all_params, assert_equal
 from places import PLACES, Host, Place, assert_alike, give, step_both, step_here, there_and_here
 from torch import Tensor
@@ -151,7 +151,8 @@ def test_squares_out_of_range(place: Place, row: Row, scale: float) -> None:
 def test_skipped_steps(row: Row, place: Place, value: float, decay: Any, clear: Any) -> None:
     """They leave values, counters and averages, also the first; and are counted."""
     extras = {"skip_nonfinite": True, "ema_decay": decay, "clear_grads": clear}
-    build = parameters(*ORDINARY_SHAPES, (9000,))
+    dtypes = (torch.bfloat16, torch.float32)  # a launch each
+    build = all_dtypes(*ORDINARY_SHAPES, (9000,), dtypes=dtypes)
     pair = there_and_here(place, row, build, **row.rich, **extras, max_grad_norm=2.0)
     skipped = 0
     for step, overflow in enumerate([True, False, True, True, False, False]):

@@ -36,6 +36,14 @@ struct alignas(kPackBytes) Pack {
 FASTSGD_LANE int over_alignment(const void* address) {
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(address) % kPackBytes);
 }
+// The pack at an address, which must be aligned: a device faults else, so the host does.
+template <class P, class T>
+FASTSGD_LANE P& pack_at(T* address) {
+#if !defined(__CUDA_ARCH__)
+  if (over_alignment(address) != 0) __builtin_trap();
+#endif
+  return *reinterpret_cast<P*>(address);
+}
 
 // A thread's share of `count` elements that lie side by side: packs from the `head`th element on,
 // and single elements before and after.
@@ -166,8 +174,7 @@ FASTSGD_LANE void zero_bytes(const Tables& tables, std::int64_t block, int threa
   FASTSGD_ASSUME_GLOBAL(bytes);
   share<kPackBytes>(
       thread, chunk.count, needed < chunk.count ? needed : chunk.count,
-      [&](int i) { *reinterpret_cast<Pack<std::uint64_t>*>(bytes + i) = {}; },
-      [&](int i) { bytes[i] = 0; });
+      [&](int i) { pack_at<Pack<std::uint64_t>>(bytes + i) = {}; }, [&](int i) { bytes[i] = 0; });
 }
 
 }  // namespace fastsgd::cuda

@@ -67,7 +67,7 @@ struct PieceBlock {
     for (int i = thread * kPack; i < count; i += kThreads * kPack) {
       Pack<T> pack{};
       if (packed && i + kPack <= count) {
-        pack = *reinterpret_cast<const Pack<T>*>(from + i);
+        pack = pack_at<const Pack<T>>(from + i);
       } else {
         for (int k = 0; k < kPack && i + k < count; ++k) {
           std::int64_t at[1] = {i + k};

@@ -68,45 +68,40 @@ struct PairBlock {
 
   template <class E>
   FASTSGD_LANE static E& at(T* stream, std::int64_t i) {
-    return *reinterpret_cast<E*>(stream + i);
+    if constexpr (sizeof(E) == kPackBytes) {
+      return pack_at<E>(stream + i);
+    } else {
+      return stream[i];
+    }
   }
   // Loaded, and stored where they are written: E is an element, or a pack of some.
   template <class E, class Apply>
-  FASTSGD_LANE void act(const std::int64_t (&where)[kCount], Apply apply) const {
-    E first = at<E>(stream[0], where[0]), second = at<E>(stream[kLast], where[kLast]);
+  FASTSGD_LANE void act(std::int64_t i, std::int64_t j, Apply apply) const {
+    E first = at<E>(stream[0], i), second = at<E>(stream[kLast], j);
     apply(first, second);
-    at<E>(stream[0], where[0]) = first;
-    if (What::kWritesSecond) at<E>(stream[kLast], where[kLast]) = second;
+    at<E>(stream[0], i) = first;
+    if (What::kWritesSecond) at<E>(stream[kLast], j) = second;
   }
-  FASTSGD_LANE void act_one(const std::int64_t (&where)[kCount]) const {
-    act<T>(where, [&](T& a, T& b) { What::apply(around, lanes, a, b); });
+  FASTSGD_LANE void act_one(std::int64_t i, std::int64_t j) const {
+    act<T>(i, j, [&](T& a, T& b) { What::apply(around, lanes, a, b); });
+  }
+  FASTSGD_LANE void act_pack(int i) const {
+    act<Pack<T>>(i, i, [&](Pack<T>& a, Pack<T>& b) {
+      for (int k = 0; k < Pack<T>::kSize; ++k) What::apply(around, lanes, a.item[k], b.item[k]);
+    });
   }
 
   FASTSGD_LANE void run_flat(int thread) const {
     FASTSGD_ASSUME_GLOBAL(stream[0]);
     FASTSGD_ASSUME_GLOBAL(stream[kLast]);
-    const auto both = [&](int i, auto act) {
-      std::int64_t where[kCount];
-      for (std::int64_t& each : where) each = i;
-      act(where);
-    };
-    const auto on_pack = [&](int i) {
-      both(i, [&](const auto& where) {
-        act<Pack<T>>(where, [&](Pack<T>& a, Pack<T>& b) {
-          for (int k = 0; k < Pack<T>::kSize; ++k) {
-            What::apply(around, lanes, a.item[k], b.item[k]);
-          }
-        });
-      });
-    };
-    const auto on_one = [&](int i) { both(i, [&](const auto& where) { act_one(where); }); };
-    share<Pack<T>::kSize>(thread, count, head, on_pack, on_one);
+    share<Pack<T>::kSize>(
+        thread, count, head, [&](int i) { act_pack(i); }, [&](int i) { act_one(i, i); });
   }
   FASTSGD_LANE void run_laid_out(int thread) const {
     for (int i = thread; i < count; i += kThreads) {
       std::int64_t where[kCount];
       corner.locate(i, 0, where);
-      act_one(where);
+      act_one(where[0], where[kLast]);
     }
   }
 };

@@ -134,28 +134,28 @@ struct Block {
   };
   FASTSGD_LANE void load(Averages& averages, int i) const {
     if (wide()) {
-      const auto* from = reinterpret_cast<const Pack<float>*>(average + i * sizeof(float));
+      const auto* from = &pack_at<const Pack<float>>(average + i * sizeof(float));
       for (int half = 0; half < (kHalf ? 2 : 1); ++half) averages.wide[half] = from[half];
     } else {
-      averages.narrow = *reinterpret_cast<const Pack<T>*>(average + i * sizeof(T));
+      averages.narrow = pack_at<const Pack<T>>(average + i * sizeof(T));
     }
   }
   FASTSGD_LANE void move_and_store(Averages& averages, const Pack<T>& param, int i) const {
     if (wide()) {
-      auto* to = reinterpret_cast<Pack<float>*>(average + i * sizeof(float));
+      auto* to = &pack_at<Pack<float>>(average + i * sizeof(float));
       for (int k = 0; kHalf && k < kPack; ++k)
         move(averages.wide[k / 4].item[k % 4], param.item[k]);
       for (int half = 0; half < (kHalf ? 2 : 1); ++half) to[half] = averages.wide[half];
     } else {
       for (int k = 0; k < kPack; ++k) move(averages.narrow.item[k], param.item[k]);
-      *reinterpret_cast<Pack<T>*>(average + i * sizeof(T)) = averages.narrow;
+      pack_at<Pack<T>>(average + i * sizeof(T)) = averages.narrow;
     }
   }
 
   FASTSGD_LANE void step_pack(int i) const {
     Pack<T> pack[kStreams];
     Averages of_pack;
-    for (int s = 0; s < kStreams; ++s) pack[s] = *reinterpret_cast<const Pack<T>*>(stream[s] + i);
+    for (int s = 0; s < kStreams; ++s) pack[s] = pack_at<const Pack<T>>(stream[s] + i);
     if (averages()) load(of_pack, i);
     for (int k = 0; k < kPack; ++k) {
       Scalar p = to_scalar(pack[kParam].item[k]), state[kStates + 1];
@@ -168,7 +168,7 @@ struct Block {
       if (around.clears) pack[kGrad] = {};
     }
     for (int s = 0; s < kStreams; ++s) {
-      if (s != kGrad || writes_grad()) *reinterpret_cast<Pack<T>*>(stream[s] + i) = pack[s];
+      if (s != kGrad || writes_grad()) pack_at<Pack<T>>(stream[s] + i) = pack[s];
     }
     if (averages()) move_and_store(of_pack, pack[kParam], i);
   }
