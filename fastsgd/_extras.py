@@ -117,7 +117,8 @@ DOC = """
             :func:`torch.nn.utils.clip_grad_norm_` does, but without writing them: the step takes
             ``g * min(1, max_grad_norm / (norm + 1e-6))``. None (the default) for none.
         norm_type: Order of the norm, 2 (the default) or inf.
-        error_if_nonfinite: Raise torch's RuntimeError where the norm is not finite.
+        error_if_nonfinite: Raise torch's RuntimeError where the norm is not finite; a device is
+            waited for, to know it.
         clip_grad_value: Take the elements of gradients, after ``max_grad_norm``, as clamped to this
             distance from 0, as :func:`torch.nn.utils.clip_grad_value_` does. None for none.
         skip_nonfinite: Leave parameters, states, step counts and averages alone in a step in which
@@ -126,7 +127,9 @@ DOC = """
             ``ema = ema_decay * ema + (1 - ema_decay) * p`` after each step, the parameter itself
             after the first: as :class:`torch.optim.swa_utils.AveragedModel` with
             :func:`~torch.optim.swa_utils.get_ema_multi_avg_fn`. A number in [0, 1], or a callable
-            that is given the number of the average, from 1 on, and returns one. None for none.
+            that is given the number of the average, from 1 on, and returns one. None for none. A
+            device that may have skipped steps, or repeated them in a graph, is asked for the
+            number, and waited for; a graph cannot be captured with a callable.
         ema_dtype: None to keep averages in the parameter's dtype; ``torch.float32`` to keep those
             of bfloat16 and float16 parameters in float32.
         clear_grads: True to set every gradient to None after the step; ``"zero"`` to keep the

@@ -52,13 +52,16 @@ class FusedStep(WithAverages):
 
         A new tensor without dimensions on the first parameter's device, float64 if any gradient
         was, else float32; None before a step that had a use for it (``max_grad_norm``,
-        ``skip_nonfinite`` or ``error_if_nonfinite``).
+        ``skip_nonfinite`` or ``error_if_nonfinite``). A device is not waited for.
         """
         return _C.grad_norm(self)
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps ``skip_nonfinite`` has skipped since the optimizer was made or copied."""
+        """How many steps ``skip_nonfinite`` has skipped since the optimizer was made or copied.
+
+        A device is waited for, to know it.
+        """
         return _C.skipped_steps(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -230,7 +230,6 @@ def stock_norm(parameters: list[Tensor], foreach: bool) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients, foreach=foreach)
 
 
-def races(settings: Settings) -> int:
-    """How often the progress bar will tick."""
-    rivals = 2 + sum(len(RULES[chain.rule].rivals) for chain in CHAINS)
-    return rivals * len(settings.counts)
+def rivals() -> int:
+    """With how many of stock's ways ours is raced, at each thread count."""
+    return 2 + sum(len(RULES[chain.rule].rivals) for chain in CHAINS)

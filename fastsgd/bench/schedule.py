@@ -55,12 +55,11 @@ class Plan:
             "steps": sum(self.entrants(*case) for case in self.cases),
             "fresh": sum(len(rule.rivals) for rule in sections.FRESH_RULES),
             "zero-grad": 2 * len(RULES["sgd"].rivals),
+            "one-pass": one_pass.rivals(),
         }
         ticks = sum(count for name, count in rivals.items() if name in self.sections)
-        one_pass_races = one_pass.races(settings) if "one-pass" in self.sections else 0
         others = {"memory": 1, "groups": len(sections.GROUP_RULES), "oversubscribed": 2}
-        ticks = ticks * len(settings.counts) + one_pass_races
-        return ticks + sum(others.get(name, 0) for name in self.sections)
+        return ticks * len(settings.counts) + sum(others.get(name, 0) for name in self.sections)
 
     def entrants(self, shape: str, rule: str) -> int:
         """How many optimizers a row of the section `steps` has beside ours."""
