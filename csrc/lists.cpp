@@ -55,14 +55,6 @@ template <class Take>
   return left;
 }
 
-// The work of such lists on other devices, beginning anew. Never destroyed: that would be after the
-// devices.
-cuda::Devices& devices() {
-  static auto& devices = *new cuda::Devices;
-  for (const auto& work : devices.all()) work->begin();
-  return devices;
-}
-
 }  // namespace
 
 NormOfAll norm_of_all(PyObject* list, bool of_grads, bool infinity) {
@@ -114,8 +106,10 @@ Left scale_all(PyObject* list, bool of_grads, double factor) {
   return left;
 }
 
+// Each call has tables of its own on a device, and what its blocks add to: nothing orders the calls
+// of several streams.
 at::Tensor clip_there(PyObject* list, double max_norm, bool infinity, bool raises) {
-  cuda::Devices& all = devices();
+  cuda::Devices all;
   cuda::DeviceWork* there = nullptr;
   const Left left = each(list, true, [&](const at::Tensor& grad) {
     auto* work = all.find(*grad.unsafeGetTensorImpl());
@@ -136,7 +130,7 @@ at::Tensor clip_there(PyObject* list, double max_norm, bool infinity, bool raise
 Left exchange_all(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) {
   Plan plan;
   plan.begin();
-  cuda::Devices& all = devices();
+  cuda::Devices all;
   const bool directly = !any_mode();
   Left left;
   for (std::size_t i = 0; i < a.size(); ++i) {
@@ -157,8 +151,8 @@ Left exchange_all(const std::vector<at::Tensor>& a, const std::vector<at::Tensor
     works.push_back(work.get());
   }
   for (cuda::DeviceWork* work : works) work->prepare();
-  plan.run({}, true);
   for (cuda::DeviceWork* work : works) work->launch();
+  plan.run({}, true);
   return left;
 }
 

@@ -143,6 +143,10 @@ void Walker::bring_count(Averaged& averaged, cuda::DeviceWork& there, Known know
     averaged.there = at::full({}, averages_known_, options);
     averages_known_of_ = averaged.there.unsafeGetTensorImpl();
   }
+  if (captures) {  // the graph counts on, whatever becomes of the optimizer
+    static auto& kept = *new std::vector<at::Tensor>;
+    kept.push_back(averaged.there);
+  }
   const bool is_known = averages_known_of_ == averaged.there.unsafeGetTensorImpl();
   if (has_schedule) averaged.count = is_known && !there.captured() ? averages_known_ : known();
   // This step's own is known beforehand only where nothing can skip it.
