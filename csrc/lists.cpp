@@ -63,7 +63,7 @@ NormOfAll norm_of_all(PyObject* list, bool of_grads, bool infinity) {
   Measured measured{};
   std::vector<Run> runs;  // those that are long enough to be shared among threads
   std::vector<Span> spans;
-  const bool here = !cuda::emulated();
+  const bool here = !of_grads || !cuda::emulated();  // single norms are always found here
   norm.left = each(list, of_grads, [&](const at::Tensor& tensor) {
     if (!here) return false;
     const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
