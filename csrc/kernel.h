@@ -52,14 +52,20 @@ constexpr int first_kernel(int rule, int structure) {  // that for the first sto
 template <class R, int kStructure, class T>
 struct Instance {};
 
+// Calls visit.operator()<T>(type) for every storage type.
+template <class Visit>
+constexpr void each_storage(Visit visit) {
+  visit.template operator()<float>(static_cast<int>(Storage::kFloat));
+  visit.template operator()<double>(static_cast<int>(Storage::kDouble));
+  visit.template operator()<BFloat16>(static_cast<int>(Storage::kBFloat16));
+  visit.template operator()<Half>(static_cast<int>(Storage::kHalf));
+}
+
 // Fills a table by number: with make(Instance) of every rule, structure and storage type.
 template <class R, int kStructure = 0, class Entry, class Make>
 constexpr void fill_rule(Entry* table, Make make) {
   static_assert(R::kStructures <= kMaxStructures);
-  table[static_cast<int>(Storage::kFloat)] = make(Instance<R, kStructure, float>{});
-  table[static_cast<int>(Storage::kDouble)] = make(Instance<R, kStructure, double>{});
-  table[static_cast<int>(Storage::kBFloat16)] = make(Instance<R, kStructure, BFloat16>{});
-  table[static_cast<int>(Storage::kHalf)] = make(Instance<R, kStructure, Half>{});
+  each_storage([&]<class T>(int type) { table[type] = make(Instance<R, kStructure, T>{}); });
   if constexpr (kStructure + 1 < R::kStructures) {
     fill_rule<R, kStructure + 1>(table + kStorages, make);
   }

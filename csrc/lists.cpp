@@ -1,5 +1,6 @@
 #include "lists.h"
 
+#include <algorithm>
 #include <numeric>
 
 #include "cpu/engine.h"
@@ -140,15 +141,11 @@ Left exchange_all(const std::vector<at::Tensor>& a, const std::vector<at::Tensor
       left.push_back(static_cast<std::int64_t>(i));
     }
   }
-  std::vector<cuda::DeviceWork*> works;
-  for (const auto& work : all.all()) {
-    if (work->plan.empty()) continue;
-    if (work->plan.ordered()) {  // a device has no order: one after the other, then
-      left.resize(a.size());
-      std::iota(left.begin(), left.end(), 0);
-      return left;
-    }
-    works.push_back(work.get());
+  const std::vector<cuda::DeviceWork*> works = all.needed();
+  if (std::any_of(works.begin(), works.end(), [](auto* work) { return work->plan.ordered(); })) {
+    left.resize(a.size());  // a device has no order: one after the other, then
+    std::iota(left.begin(), left.end(), 0);
+    return left;
   }
   for (cuda::DeviceWork* work : works) work->prepare();
   for (cuda::DeviceWork* work : works) work->launch();

@@ -134,9 +134,7 @@ Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defau
   }
   if (states_.creates_twice()) return Way::kStock;
   if (hidden_ || (!left_.empty() && plan_.meets(left_))) return Way::kStock;
-  for (const auto& work : devices_.all()) {
-    if (!work->plan.empty()) works_.push_back(work.get());
-  }
+  works_ = devices_.needed();
   for (cuda::DeviceWork* work : works_) {
     // A device has no order, and reads the scaler's values where it can reach them.
     work->plan.note_scalars(options_.tensors());

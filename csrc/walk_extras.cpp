@@ -43,7 +43,7 @@ bool Walker::measure() {
   norm_ = norm_of(measured, extras_->order, scaling_.scale, norm_is_double_);
   norm_there_ = nullptr;
   has_norm_ = true;
-  if (extras_->raises) {
+  if (extras_->raises && !std::isfinite(norm_)) {
     static auto& raise = *new PyCall("fastsgd._norm", "raise_if_nonfinite");
     const Ref norm = Ref::steal(checked(THPVariable_Wrap(grad_norm())));
     const bool is_two = extras_->order == Order::kTwo;

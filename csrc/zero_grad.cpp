@@ -77,10 +77,7 @@ bool Walker::reset(PyObject* groups, bool set_to_none, std::vector<Ref>& others)
       }
     }
   }
-  std::vector<cuda::DeviceWork*> works;
-  for (const auto& work : zero_devices_.all()) {
-    if (!work->plan.empty()) works.push_back(work.get());
-  }
+  const std::vector<cuda::DeviceWork*> works = zero_devices_.needed();
   for (cuda::DeviceWork* work : works) work->prepare();
   zero_plan_.run({}, false);
   for (cuda::DeviceWork* work : works) work->launch();

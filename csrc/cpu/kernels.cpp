@@ -159,22 +159,15 @@ void exchange(const Row&, const Around&, const Run* run, std::int64_t runs) {
 
 // --- the table ----------------------------------------------------------------------------------
 
-template <class T>
-constexpr void fill_others(KernelTable& table, Storage storage) {
-  const int type = static_cast<int>(storage);
-  table.step[kAverage + type] = average<T>;
-  table.step[kScale + type] = scale<T>;
-  table.step[kExchange + type] = exchange<T>;
-  table.squares[type] = squares<T>;
-  table.magnitude[type] = magnitude<T>;
-}
-
 constexpr KernelTable table(const char* instruction_set) {
   KernelTable table{instruction_set, {}, {}, {}};
-  fill_others<float>(table, Storage::kFloat);
-  fill_others<double>(table, Storage::kDouble);
-  fill_others<BFloat16>(table, Storage::kBFloat16);
-  fill_others<Half>(table, Storage::kHalf);
+  each_storage([&]<class T>(int type) {
+    table.step[kAverage + type] = average<T>;
+    table.step[kScale + type] = scale<T>;
+    table.step[kExchange + type] = exchange<T>;
+    table.squares[type] = squares<T>;
+    table.magnitude[type] = magnitude<T>;
+  });
   fill_kernels(
       table.step,
       []<class R, int kStructure, class T>(Instance<R, kStructure, T>) {

@@ -36,6 +36,11 @@ struct alignas(kPackBytes) Pack {
 FASTSGD_LANE int over_alignment(const void* address) {
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(address) % kPackBytes);
 }
+// How many elements lie before the first that is aligned.
+template <class T>
+FASTSGD_LANE int before_alignment(const T* address) {
+  return (kPackBytes - over_alignment(address)) % kPackBytes / static_cast<int>(sizeof(T));
+}
 // The pack at an address, which must be aligned: a device faults else, so the host does.
 template <class P, class T>
 FASTSGD_LANE P& pack_at(T* address) {
@@ -68,12 +73,16 @@ struct Corner {
   const Layout* layout;
   std::int64_t index[kMaxDims];
 
-  FASTSGD_LANE void find(const Layout* in, std::int64_t begin) {
-    layout = in;
+  // Of an item that is laid out. Returns how far into its memory the chunk of another begins.
+  FASTSGD_LANE std::int64_t find(const Tables& tables, const Chunk& chunk, bool laid_out) {
+    std::int64_t begin = chunk.begin;
+    if (!laid_out) return begin;
+    layout = &tables.layouts[tables.items[chunk.item].layout];
     for (int d = layout->dims - 1; d >= 0; --d) {
       index[d] = begin % layout->size[d];
       begin /= layout->size[d];
     }
+    return 0;
   }
   // Where in each of some streams, from the `first` on, the chunk's `i`th element lies.
   template <int kCount>
@@ -170,7 +179,7 @@ FASTSGD_LANE Around around_of(const Tables& tables) {
 FASTSGD_LANE void zero_bytes(const Tables& tables, std::int64_t block, int thread) {
   const Chunk& chunk = tables.chunks[block];
   char* bytes = tables.items[chunk.item].stream[kParam] + chunk.begin;
-  const int needed = (kPackBytes - over_alignment(bytes)) % kPackBytes;
+  const int needed = before_alignment(bytes);
   FASTSGD_ASSUME_GLOBAL(bytes);
   share<kPackBytes>(
       thread, chunk.count, needed < chunk.count ? needed : chunk.count,

@@ -151,6 +151,14 @@ std::int64_t DeviceWork::skipped() {
 
 // --- all devices --------------------------------------------------------------------------------
 
+std::vector<DeviceWork*> Devices::needed() const {
+  std::vector<DeviceWork*> needed;
+  for (const auto& work : works_) {
+    if (!work->plan.empty()) needed.push_back(work.get());
+  }
+  return needed;
+}
+
 DeviceWork* Devices::find(const c10::TensorImpl& tensor) {
   const c10::Device device = tensor.device();
   for (const auto& work : works_) {

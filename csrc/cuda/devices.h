@@ -92,6 +92,8 @@ class Devices {
   // there are no kernels.
   DeviceWork* find(const c10::TensorImpl& tensor);
 
+  // Those with anything to do.
+  std::vector<DeviceWork*> needed() const;
   // All works of this step.
   const std::vector<std::unique_ptr<DeviceWork>>& all() const { return works_; }
 

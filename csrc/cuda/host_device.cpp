@@ -7,9 +7,7 @@
 
 #include "cuda/device.h"
 #include "cuda/emulation.h"
-#include "cuda/measure.h"
-#include "cuda/pairs.h"
-#include "cuda/step.h"
+#include "cuda/list.h"
 
 namespace fastsgd::cuda {
 namespace {
@@ -61,33 +59,22 @@ void measure(const Launch& what, const Tables& tables, const Hypers*, char* cons
 }
 
 template <bool kAround>
-struct Kernels {
-  Body kernel[kDeviceKernels] = {};
+struct Bodies {
+  Body body[kDeviceKernels] = {};
 
-  Kernels() {
-    fill_kernels(
-        kernel,
-        []<class R, int kStructure, class T>(Instance<R, kStructure, T>) {
-          return cuda::step<R, kStructure, T, kAround>;
-        },
-        Rules{});
-    if constexpr (kAround) {
-      fill_others<float>(Storage::kFloat);
-      fill_others<double>(Storage::kDouble);
-      fill_others<BFloat16>(Storage::kBFloat16);
-      fill_others<Half>(Storage::kHalf);
-    }
+  Bodies() { fill_device_kernels<kAround>(body, *this); }
+
+  template <class R, int kStructure, class T>
+  Body step() const {
+    return cuda::step<R, kStructure, T, kAround>;
   }
-  template <class T>
-  void fill_others(Storage storage) {
-    const int type = static_cast<int>(storage);
-    fill_pairs<T>(type, List<Averaging, Clipping, Exchanging>{});
-    kernel[kSquares + type] = measure<Order::kTwo, T>;
-    kernel[kMagnitude + type] = measure<Order::kInfinity, T>;
+  template <class What, class T>
+  Body pairs() const {
+    return cuda::pairs<What, T>;
   }
-  template <class T, class... What>
-  void fill_pairs(int type, List<What...>) {
-    ((kernel[What::kKernel + type] = pairs<What, T>), ...);
+  template <Order kOrder, class T>
+  Body measure() const {
+    return cuda::measure<kOrder, T>;
   }
 };
 
@@ -99,13 +86,13 @@ void zero(const Launch& what, const Tables& tables) {
 
 template <class A>
 void run(const Launch& what, const void* in) {
-  static const Kernels<false> plain;
-  static const Kernels<true> around;
+  static const Bodies<false> plain;
+  static const Bodies<true> around;
   const A& arguments = *static_cast<const A*>(in);
   if (what.kernel == kZero) return zero(what, arguments.tables);
   const bool any = what.around || what.laid_out;
-  const Body kernel = (any ? around.kernel : plain.kernel)[what.kernel];
-  kernel(what, arguments.tables, arguments.hypers, arguments.grads);
+  const Body body = (any ? around.body : plain.body)[what.kernel];
+  body(what, arguments.tables, arguments.hypers, arguments.grads);
 }
 
 class HostDevice final : public Device {

@@ -1,11 +1,7 @@
 // The CUDA kernels. Free of torch, so that nvcc compiles them wherever it is.
 #include "cuda/kernels.h"
 
-#include <type_traits>
-
-#include "cuda/measure.h"
-#include "cuda/pairs.h"
-#include "cuda/step.h"
+#include "cuda/list.h"
 
 namespace fastsgd::cuda {
 namespace {
@@ -19,6 +15,17 @@ __device__ int blocks_here() { return static_cast<int>(gridDim.x); }
 // Whether this block is to count for all of a launch: the last to have read the counters is.
 __device__ bool is_to_count(const Tables& tables) {
   return tables.counts && is_last(tables.standing->ticket, blocks_here());
+}
+
+// A thread's share of what a block does.
+template <bool kLaidOut, class B>
+__device__ void run(const B& block, int thread) {
+  if constexpr (kLaidOut) {
+    block.run_laid_out(thread);
+  } else {
+    const B mine = block;  // in registers
+    mine.run_flat(thread);
+  }
 }
 
 template <class R, int kStructure, class T, class A, bool kLaidOut, bool kAround>
@@ -38,12 +45,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) step(const __grid_constant_
     if (skip) return block.clear(thread, kLaidOut);
   }
   if (counts) count(tables, thread);
-  if constexpr (kLaidOut) {
-    block.run_laid_out(thread);
-  } else {
-    const Block<R, kStructure, T, kAround> mine = block;  // in registers
-    mine.run_flat(thread);
-  }
+  run<kLaidOut>(block, thread);
 }
 
 template <class What, class T, class A, bool kLaidOut>
@@ -59,12 +61,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) pairs(const __grid_constant
   }
   __syncthreads();
   if (counts) count(tables, thread);
-  if constexpr (kLaidOut) {
-    block.run_laid_out(thread);
-  } else {
-    const PairBlock<What, T> mine = block;
-    mine.run_flat(thread);
-  }
+  run<kLaidOut>(block, thread);
 }
 
 template <Order kOrder, class T, class A, bool kLaidOut>
@@ -82,36 +79,26 @@ __global__ void zero(const __grid_constant__ FewArguments arguments) {
 
 // --- by number ----------------------------------------------------------------------------------
 
-// The kernels of one way to lie in memory, one size of arguments, with and without the rest of what
-// is done around the rule.
+// Those of one way to lie in memory, one size of arguments, with and without the rest of what is
+// done around the rule.
 template <class A, bool kLaidOut, bool kAround>
 struct Kernels {
-  void (*kernel[kDeviceKernels])(A) = {};
+  using Kernel = void (*)(A);
+  Kernel kernel[kDeviceKernels] = {};
 
-  Kernels() {
-    fill_kernels(
-        kernel,
-        []<class R, int kStructure, class T>(Instance<R, kStructure, T>) {
-          return cuda::step<R, kStructure, T, A, kLaidOut, kAround>;
-        },
-        Rules{});
-    if constexpr (kAround) {
-      fill_others<float>(Storage::kFloat);
-      fill_others<double>(Storage::kDouble);
-      fill_others<BFloat16>(Storage::kBFloat16);
-      fill_others<Half>(Storage::kHalf);
-    }
+  Kernels() { fill_device_kernels<kAround>(kernel, *this); }
+
+  template <class R, int kStructure, class T>
+  Kernel step() const {
+    return cuda::step<R, kStructure, T, A, kLaidOut, kAround>;
   }
-  template <class T>
-  void fill_others(Storage storage) {
-    const int type = static_cast<int>(storage);
-    fill_pairs<T>(type, List<Averaging, Clipping, Exchanging>{});
-    kernel[kSquares + type] = measure<Order::kTwo, T, A, kLaidOut>;
-    kernel[kMagnitude + type] = measure<Order::kInfinity, T, A, kLaidOut>;
+  template <class What, class T>
+  Kernel pairs() const {
+    return cuda::pairs<What, T, A, kLaidOut>;
   }
-  template <class T, class... What>
-  void fill_pairs(int type, List<What...>) {
-    ((kernel[What::kKernel + type] = pairs<What, T, A, kLaidOut>), ...);
+  template <Order kOrder, class T>
+  Kernel measure() const {
+    return cuda::measure<kOrder, T, A, kLaidOut>;
   }
 };
 

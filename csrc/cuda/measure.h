@@ -32,18 +32,19 @@ struct PieceBlock {
     const Chunk& chunk = tables.chunks[block];
     count = chunk.count;
     laid_out = is_laid_out;
-    if (laid_out) corner.find(&tables.layouts[tables.items[chunk.item].layout], chunk.begin);
     grad = reinterpret_cast<const T*>(grad_of(tables, grads_here, chunk)) +
-           (laid_out ? 0 : chunk.begin);
+           corner.find(tables, chunk, laid_out);
   }
 
   template <Order kOrder>
   FASTSGD_LANE static void take(Part& part, double x, double factor) {
-    part.not_finite |= x - x != 0;
     if constexpr (kOrder == Order::kInfinity) {
       part.sum = lane::max(part.sum, lane::max(x, -x));
-    } else {
+    } else if constexpr (kRest) {
+      part.not_finite |= x - x != 0;  // a square that is not need not come of such an element
       x *= factor;
+      add<kRest>(part, x * x);
+    } else {
       add<kRest>(part, x * x);
     }
   }
@@ -77,6 +78,7 @@ struct PieceBlock {
       }
       for (int k = 0; k < kPack; ++k) take<kOrder>(mine, to_scalar(pack.item[k]), factor);
     }
+    if (!kRest || kOrder == Order::kInfinity) mine.not_finite = mine.sum - mine.sum != 0;
     part[thread] = mine;
   }
 

@@ -57,13 +57,12 @@ struct PairBlock {
     around = around_of(tables);
     lanes = lanes_of<Scalar>(around);
     count = chunk.count;
-    if (laid_out) corner.find(&tables.layouts[item.layout], chunk.begin);
-    const std::int64_t offset = laid_out ? 0 : chunk.begin;
+    const std::int64_t offset = corner.find(tables, chunk, laid_out);
     stream[0] = reinterpret_cast<T*>(item.stream[0]) + offset;
     stream[kLast] = reinterpret_cast<T*>(grad_of(tables, grads_here, chunk)) + offset;
-    const int over = over_alignment(stream[0]);
-    const int needed = (kPackBytes - over) % kPackBytes / static_cast<int>(sizeof(T));
-    head = over == over_alignment(stream[kLast]) && needed < count ? needed : count;
+    const int needed = before_alignment(stream[0]);
+    const bool together = over_alignment(stream[0]) == over_alignment(stream[kLast]);
+    head = together && needed < count ? needed : count;
   }
 
   template <class E>

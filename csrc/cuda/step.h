@@ -51,8 +51,7 @@ struct Block {
     maximize = hypers.maximize;
 
     count = chunk.count;
-    if (laid_out) corner.find(&tables.layouts[item.layout], chunk.begin);
-    const std::int64_t offset = laid_out ? 0 : chunk.begin;
+    const std::int64_t offset = corner.find(tables, chunk, laid_out);
     for (int s = 0; s < kStreams; ++s) {
       stream[s] = reinterpret_cast<T*>(s == kGrad ? grad : item.stream[s]) + offset;
     }
@@ -60,7 +59,6 @@ struct Block {
     head = elements_before_alignment();
   }
 
-  FASTSGD_LANE bool unscales() const { return around.unscales; }
   FASTSGD_LANE bool averages() const { return kAround && around.averages; }
   FASTSGD_LANE bool wide() const { return kHalf && around.wide; }
   FASTSGD_LANE int average_size() const {
@@ -74,7 +72,7 @@ struct Block {
   // All of them where the streams are aligned differently.
   FASTSGD_LANE int elements_before_alignment() const {
     const int first = over_alignment(stream[0]);
-    const int needed = (kPackBytes - first) % kPackBytes / static_cast<int>(sizeof(T));
+    const int needed = before_alignment(stream[0]);
     bool together = first % static_cast<int>(sizeof(T)) == 0;
     for (int s = 1; s < kStreams; ++s) together &= over_alignment(stream[s]) == first;
     if (averages()) together &= over_alignment(average + needed * average_size()) == 0;
@@ -84,7 +82,7 @@ struct Block {
   // One element of each stream, in registers; as in the CPU's kernels.
   FASTSGD_LANE void update(Scalar& p, T& grad, Scalar* state) const {
     Scalar g = to_scalar(grad);
-    if (unscales()) g = g / lanes.grad_scale;
+    if (around.unscales) g = g / lanes.grad_scale;
     if (keeps_unscaled()) to_storage(g, grad);
     if constexpr (kAround) g = lanes.clip(around, g);
     if (maximize) g = -g;
