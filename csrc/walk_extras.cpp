@@ -139,24 +139,25 @@ void Walker::bring_count(Averaged& averaged, cuda::DeviceWork& there, Known know
                            : "the averages of ema_decay begin with this step, and a graph is being "
                              "captured. Take one step before the capture.");
   if (!is_there(averaged.there)) {
-    averages_known_ = known();
-    averaged.there = at::full({}, averages_known_, options);
-    averages_known_of_ = averaged.there.unsafeGetTensorImpl();
+    averaged.count = known();
+    averaged.there = at::full({}, averaged.count, options);
+  } else if (has_schedule) {
+    const bool is_known = averages_known_of_ == averaged.there.unsafeGetTensorImpl();
+    averaged.count = is_known && !there.captured() ? averages_known_ : known();
   }
   if (captures) {  // the graph counts on, whatever becomes of the optimizer
     static auto& kept = *new std::vector<at::Tensor>;
     kept.push_back(averaged.there);
   }
-  const bool is_known = averages_known_of_ == averaged.there.unsafeGetTensorImpl();
-  if (has_schedule) averaged.count = is_known && !there.captured() ? averages_known_ : known();
-  // This step's own is known beforehand only where nothing can skip it.
-  averages_known_ = averaged.count + 1;
-  const bool may_skip = scaling_.found_inf_at != nullptr || measuring_.skips;
-  averages_known_of_ = has_schedule && !may_skip ? averaged.there.unsafeGetTensorImpl() : nullptr;
 }
 
+// Enters one more. A device's count is known here only where nothing can skip the step.
 void Walker::end_average(PyObject* attributes, Averaged& averaged) {
-  if (!averaged.there.defined()) ++averaged.count;
+  ++averaged.count;
+  const bool may_skip = scaling_.found_inf_at != nullptr || measuring_.skips;
+  const bool is_known = averaged.there.defined() && extras_->schedule != nullptr && !may_skip;
+  averages_known_ = averaged.count;
+  averages_known_of_ = is_known ? averaged.there.unsafeGetTensorImpl() : nullptr;
   extras_reader_.keep(attributes, averaged);
 }
 
