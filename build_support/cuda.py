@@ -20,6 +20,8 @@ from build_support.compilers import first_error
 
 KERNELS = "csrc/cuda/kernels.cu"
 
+OLDEST = 70  # __grid_constant__, and arguments of 32,764 bytes
+
 # As with the C++ compiler: a * b + c is rounded twice, and kernels say fma where torch has one.
 FLAGS = [
     "-O3",
@@ -160,18 +162,29 @@ def _find_runtime(home: str, major: str) -> tuple[str, str]:
 
 
 def _architectures(nvcc: str) -> list[str]:
-    """Return those of torch that nvcc knows."""
+    """Return those of torch that nvcc knows and that have what the kernels use."""
     named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if named == "native" and torch.cuda.device_count() == 0:
         raise NoToolkit(
             "TORCH_CUDA_ARCH_LIST was native and no device was there",
             "name architectures in TORCH_CUDA_ARCH_LIST, or unset it",
         )
+    for number in re.findall(r"\d+\.\d+", named):
+        if float(number) * 10 < OLDEST:
+            raise NoToolkit(
+                f"TORCH_CUDA_ARCH_LIST names {number} and the kernels need {OLDEST / 10} or newer",
+                f"leave {number} out of it",
+            )
     if named:
         return []
     known = set(_ask(nvcc, "--list-gpu-code").split())
     flags = torch._C._cuda_getArchFlags() or ""  # torch.cuda hides them where no device is
-    return [name for name in flags.split() if name in known]
+    return [name for name in flags.split() if name in known and _number(name) >= OLDEST]
+
+
+def _number(architecture: str) -> int:
+    """Return 90 of ``sm_90a``."""
+    return int("".join(filter(str.isdigit, architecture)))
 
 
 def _try(toolkit: Toolkit, compiler: str, folder: str) -> None:

@@ -87,6 +87,21 @@ def test_architectures_that_are_named(
     assert str(toolkit) == "nvcc 13.0 for 8.0 9.0+PTX"
 
 
+def test_architectures_that_are_too_old(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's are left out; one that is named is said to be."""
+    write_nvcc(home, home)
+    known = home / "bin" / "nvcc"
+    known.write_text(known.read_text().replace("'sm_75", "'sm_60\\nsm_75"))
+    monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: "sm_60 sm_75 sm_90")
+    assert cuda.find_toolkit("c++", str(tmp_path)).architectures == ["sm_75", "sm_90"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "6.1;9.0+PTX")
+    why = lack(tmp_path)
+    assert str(why) == "TORCH_CUDA_ARCH_LIST names 6.1 and the kernels need 7.0 or newer"
+    assert why.cure == "leave 6.1 out of it"
+
+
 def test_a_script_on_the_path_that_calls_nvcc(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
