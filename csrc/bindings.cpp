@@ -178,9 +178,15 @@ PYBIND11_MODULE(_C, module) {
       },
       "Whether a tensor is what the kernels take without a closer look: dense, contiguous, on the "
       "CPU and of a dtype that they know.");
-  module.def("emulate_device", &fastsgd::cuda::emulate,
-             "For tests: whether plain CPU tensors are stepped by the tables and code that other "
-             "devices get, run on the host.");
+  module.def(
+      "emulate_device",
+      [](bool on, bool captures) {
+        fastsgd::cuda::emulate(on);
+        fastsgd::cuda::emulated_work().captures = captures;
+      },
+      py::arg("on"), py::arg("captures") = false,
+      "For tests: whether plain CPU tensors are stepped by the tables and code that other devices "
+      "get, run on the host; and whether that says that a graph is being captured.");
   module.def(
       "emulated_work",
       [] {

@@ -185,8 +185,9 @@ void Walker::take_step(PyObject* attributes, Averaged& averaged) {
   if (extras_->schedule != nullptr) retain();
   if (extras_->averages) begin_average(averaged);
   const Around around = this->around();
-  auto* counted_there = static_cast<std::int64_t*>(
-      averaged.there.defined() ? averaged.there.mutable_data_ptr() : nullptr);
+  const bool counts_there = averaged.there.defined() && alone() != nullptr;
+  auto* counted_there =
+      static_cast<std::int64_t*>(counts_there ? averaged.there.mutable_data_ptr() : nullptr);
   for (cuda::DeviceWork* work : works_) {
     work->prepare(scaling_, around, measuring_, counted_there);
   }

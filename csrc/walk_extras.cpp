@@ -117,7 +117,7 @@ void Walker::begin_average(Averaged& averaged) {
     return averaged.there.defined() ? averaged.there.item<std::int64_t>() : averaged.count;
   };
   if (there == nullptr) {
-    averaged = {known(), {}};
+    averaged.count = known();
     starts_ = averaged.count == 0;
   } else {
     bring_count(averaged, *there, known);
@@ -151,9 +151,14 @@ void Walker::bring_count(Averaged& averaged, cuda::DeviceWork& there, Known know
   }
 }
 
-// Enters one more. A device's count is known here only where nothing can skip the step.
+// Enters one more. A device's count is known here only where nothing can skip the step. Once it is
+// a tensor it stays that tensor, on which a graph may count.
 void Walker::end_average(PyObject* attributes, Averaged& averaged) {
   ++averaged.count;
+  if (averaged.there.defined() && alone() == nullptr) {
+    const c10::InferenceMode guard;  // it may have been made in that mode
+    averaged.there.fill_(averaged.count);
+  }
   const bool may_skip = scaling_.found_inf_at != nullptr || measuring_.skips;
   const bool is_known = averaged.there.defined() && extras_->schedule != nullptr && !may_skip;
   averages_known_ = averaged.count;

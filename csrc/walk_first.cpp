@@ -86,6 +86,9 @@ bool Walker::makes_rules_states(const Group& group, const Subject& subject,
 bool Walker::plan_first_on_device(cuda::DeviceWork& work, Group& group, Place place,
                                   Subject& subject, Owners owners, Creation& creation,
                                   const Birth& birth) {
+  TORCH_CHECK(!work.device().captures(), at_place(place),
+              ": this step makes its states, and a graph is being captured, which would make them "
+              "anew whenever it is replayed. Take one step before the capture.");
   if (rule_.counts) {
     c10::TensorImpl*& counter = subject.tensor[subject.streams];
     if (counter == nullptr || !work.plan.counters().note(*counter)) {

@@ -106,6 +106,16 @@ class WithAverages(WithExtras):
         return state
 
 
+def note_averages(optimizer: Optimizer, count: int) -> None:
+    """Note how many averages there were; once that is a tensor, on which graphs count, it stays."""
+    steps = optimizer.__dict__.get("_ema_steps")
+    if isinstance(steps, Tensor):
+        with torch.inference_mode():  # in which it may have been made
+            steps.fill_(count)
+    else:
+        optimizer.__dict__["_ema_steps"] = count
+
+
 Kept = dict[int, Tensor]
 
 

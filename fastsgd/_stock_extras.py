@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsgd import _C, _norm
-from fastsgd._averages import Average, WithAverages
+from fastsgd._averages import Average, WithAverages, note_averages
 from fastsgd._extras import checked_decay
 from fastsgd._stock import Routes, Step, attributes_replaced, params_of, step_in_parts
 
@@ -42,14 +42,12 @@ def step_with_extras(optimizer: WithAverages, step_as_stock: Step, routes: Route
             if decay is not None:
                 average.end(params)
 
-        if decay is not None:
-            optimizer.__dict__["_ema_steps"] = averaged
         bound = {key: extras[key] for key in ("clip_grad_value", "ema_dtype") if key in extras}
         for_kernels = {**bound, "factor": factor, "ema_decay": decay}
         with attributes_replaced(optimizer, {"_extras": for_kernels}):
             step_in_parts(optimizer, step_part, routes)
-        if decay is not None:
-            optimizer.__dict__["_ema_steps"] = averaged + 1
+        if decay is not None:  # of which the kernels may have counted their part
+            note_averages(optimizer, averaged + 1)
 
 
 def _factor(optimizer: WithAverages, scale: Tensor | None) -> float | None:

@@ -58,9 +58,9 @@ class Place:
 
 
 @contextmanager
-def emulated() -> Iterator[None]:
-    """Let the host do what a device would, to CPU tensors."""
-    _C.emulate_device(True)
+def emulated(captures: bool = False) -> Iterator[None]:
+    """Let the host do what a device would, to CPU tensors; it may say that it captures a graph."""
+    _C.emulate_device(True, captures)
     try:
         yield
     finally:

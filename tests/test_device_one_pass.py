@@ -13,7 +13,18 @@ import torch
 from cases import DTYPES, HALVES, ORDINARY_SHAPES, Row
 from onepass import INF, NAN, all_dtypes, assert_norm, copies
 from oracle import all_params, assert_equal
-from places import PLACES, Host, Place, assert_alike, give, step_both, step_here, there_and_here
+from places import (
+    PLACES,
+    Host,
+    Place,
+    assert_alike,
+    emulated,
+    give,
+    step_both,
+    step_here,
+    there_and_here,
+)
+from snapshot import Snapshot
 from torch import Tensor
 from torch.nn import Parameter
 from twins import parameters, random_grad
@@ -251,6 +262,51 @@ def test_there_and_here_again(row: Row, place: Place) -> None:
         place.step(there) if step % 2 else step_here(there)
         step_here(here)
         assert_alike(there, here)
+
+
+def test_the_count_stays_where_it_is(row: Row, place: Place) -> None:
+    """A graph may count on it: steps without grads, and those with a part in torch's code."""
+    options = row.sparse[0] if row.sparse else row.plain
+    params = place.bring(parameters((9,), (33, 17))())
+    optimizer = row.ours(params, **options, ema_decay=0.5)
+    give([optimizer], 0)
+    place.step(optimizer)
+    optimizer._ema_steps = int(optimizer._ema_steps)  # as a checkpoint leaves it
+    with torch.inference_mode():
+        place.step(optimizer)
+    count = optimizer._ema_steps
+    optimizer.zero_grad()
+    place.do(optimizer.step)
+    give([optimizer], 1)
+    if row.sparse:
+        params[1].grad = params[1].grad.to_sparse()
+    place.do(optimizer.step)
+    assert isinstance(count, Tensor) and optimizer._ema_steps.data_ptr() == count.data_ptr()
+    assert int(count) == 4
+
+
+@pytest.mark.skipif(_C.instruction_set() == "baseline", reason="as in places")
+def test_a_capture_makes_nothing(row: Row) -> None:
+    """States and averages would be made anew by every replay."""
+    params = parameters((9,), (33, 17))()
+    optimizer = row.ours(params, **row.rich, max_grad_norm=1.0)
+    give([optimizer], 0)
+    before = Snapshot(optimizer)
+
+    def refused() -> None:
+        with emulated(captures=True), pytest.raises(RuntimeError, match="Take one step before"):
+            optimizer.step()
+
+    if not row.eager:
+        refused()
+        before.assert_unchanged()
+    Host().step(optimizer)
+    optimizer.ema_decay = 0.5
+    refused()
+    Host().step(optimizer)
+    with emulated(captures=True):
+        optimizer.step()
+    assert int(optimizer._ema_steps) == 2
 
 
 def launches(place: Place, act: Any) -> int:

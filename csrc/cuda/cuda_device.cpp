@@ -57,15 +57,18 @@ class CudaDevice final : public Device {
   }
 
   void upload(void* to, const void* from, std::size_t bytes) override {
+    const auto copy = [&](const void* source, cudaStream_t stream) {
+      C10_CUDA_CHECK(cudaMemcpyAsync(to, source, bytes, cudaMemcpyHostToDevice, stream));
+    };
+    // The copy is waited for, and torch's pinned memory would be the graph's.
+    if (captures()) return unrecorded([&](cudaStream_t stream) { copy(from, stream); });
     // The bytes are gone when this returns, and a copy of pageable memory would wait for the
     // device.
+    const c10::cuda::CUDAGuard guard(device_);
     auto* allocator = at::getHostAllocator(at::kCUDA);
     const c10::DataPtr pinned = allocator->allocate(bytes);
     std::memcpy(pinned.get(), from, bytes);
-    unrecorded([&](cudaStream_t stream) {
-      C10_CUDA_CHECK(cudaMemcpyAsync(to, pinned.get(), bytes, cudaMemcpyHostToDevice, stream));
-    });
-    if (captures()) return;
+    copy(pinned.get(), current());
     allocator->record_event(pinned.get(), pinned.get_context(), current().unwrap());
   }
   void zero(void* memory, std::size_t bytes) override {

@@ -10,9 +10,9 @@ namespace fastsgd::cuda {
 bool emulated();
 void emulate(bool on);
 
-// What it has been asked for so far.
 struct EmulatedWork {
-  std::int64_t launches = 0, uploads = 0;
+  std::int64_t launches = 0, uploads = 0;  // asked for so far
+  bool captures = false;                   // a graph: only said, nothing is recorded
 };
 EmulatedWork& emulated_work();
 

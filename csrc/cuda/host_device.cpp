@@ -99,7 +99,7 @@ class HostDevice final : public Device {
  public:
   c10::Device tensors() const override { return at::kCPU; }
   int processors() const override { return 4; }
-  bool captures() const override { return false; }
+  bool captures() const override { return emulated_work().captures; }
   c10::DataPtr allocate(std::size_t bytes) override {
     return c10::GetCPUAllocator()->allocate(bytes);
   }
