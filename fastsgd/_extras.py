@@ -133,7 +133,8 @@ DOC = """
         ema_dtype: None to keep averages in the parameter's dtype; ``torch.float32`` to keep those
             of bfloat16 and float16 parameters in float32.
         clear_grads: True to set every gradient to None after the step; ``"zero"`` to keep the
-            tensors and fill them with zeros. Of steps that are skipped too.
+            tensors and fill them with zeros. Of steps that are skipped too, but not of those that a
+            :class:`torch.amp.GradScaler` skips by not calling ``step()``: without ``fused=True``.
 
     Attributes:
         grad_norm: The total norm at the last step, before clipping, of unscaled gradients.
@@ -156,9 +157,9 @@ class WithExtras(Optimizer):
     max_grad_norm = Extra(
         None,
         _optional_number,
-        "Norm to which all gradients together are scaled down, as by clip_grad_norm_; or None.",
+        "Norm to which all gradients together are scaled down, or None.",
     )
-    norm_type = Extra(2.0, _norm_type, "Order of the norm: 2 or inf.")
+    norm_type = Extra(2.0, _norm_type, "Order of the norm, 2 or inf.")
     error_if_nonfinite = Extra(False, _flag, "Raise where the norm is not finite.")
     clip_grad_value = Extra(
         None, _optional_number, "Greatest magnitude of an element of a gradient, or None."
@@ -171,7 +172,7 @@ class WithExtras(Optimizer):
         None, _dtype, "None for the parameter's dtype, torch.float32 for at least that."
     )
     clear_grads = Extra(
-        False, _clear, "Clear the gradients after a step: True to None, 'zero' to zero."
+        False, _clear, "Clear the gradients after a step, to None (True) or to zeros ('zero')."
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -135,13 +135,17 @@ def clip_grad_norm_(
         foreach: Accepted as by torch; every value means the same.
 
     Returns:
-        The norm before clipping, a tensor without dimensions on the first gradient's device:
+        The norm before clipping, a tensor without dimensions on the first gradient's device. It is
         float64 if any gradient is, else float32, for gradients of 16 bits too, whose own dtype
-        holds a norm badly. It is the nearest number to the exact norm, or next to it, and the same
-        for any number of threads and any order of the parameters.
+        holds a norm badly; the nearest number to the exact norm, or next to it, and the same for
+        any number of threads and any order of the parameters.
 
     Raises:
         RuntimeError: If the norm is not finite and ``error_if_nonfinite`` is set.
+
+    Example:
+        >>> loss_fn(model(input), target).backward()
+        >>> norm = fastsgd.clip_grad_norm_(model.parameters(), max_norm=1.0)
 
     Source: :func:`torch.nn.utils.clip_grad_norm_`.
     """

@@ -94,6 +94,12 @@ class AdamW(Adam, torch.optim.AdamW):
 
     State and errors are those of :class:`Adam`.
 
+    Example:
+        >>> optimizer = fastsgd.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+        >>> optimizer.zero_grad()
+        >>> loss_fn(model(input), target).backward()
+        >>> optimizer.step()
+
     Source: :class:`torch.optim.AdamW`; Loshchilov and Hutter, "Decoupled weight decay
     regularization", ICLR 2019.
     """
