@@ -100,10 +100,27 @@ class Extra:
             )
         if value != self.default and optimizer.defaults.get("differentiable"):
             raise ValueError(f"{self.name} cannot be had with differentiable=True.")
+        for group in optimizer.param_groups:
+            refuse_parts(changed, group["params"])
         if value != self.default or extras:
             extras[self.name] = value
             optimizer.__dict__["_extras"] = extras
 
+
+def refuse_parts(extras: Values, params: list[Any]) -> None:
+    """Raise where a norm is asked for of parameters that are parts, as each process has some."""
+    asked = [
+        name for name in MEASURING if extras.get(name) is not None and extras[name] is not False
+    ]
+    if asked and any(getattr(param, "_fsdp_flattened", False) for param in params):
+        raise ValueError(
+            f"{asked[0]} cannot be had with FullyShardedDataParallel, which gives the optimizer of "
+            "each process a part of the parameters, and so a norm of its own. Use fully_shard, or "
+            "call the wrapper's clip_grad_norm_ before step()."
+        )
+
+
+MEASURING = ("max_grad_norm", "skip_nonfinite", "error_if_nonfinite")
 
 # What the docstring of every optimizer ends with.
 DOC = """
@@ -192,6 +209,11 @@ class WithExtras(Optimizer):
                     f"constructor, or set optimizer.{name}."
                 )
         super().add_param_group(param_group)
+        try:
+            refuse_parts(self.__dict__.get("_extras", {}), self.param_groups[-1]["params"])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
 
 
 def signature_with_extras(stock_init: Callable[..., None]) -> inspect.Signature:

@@ -18,11 +18,14 @@ import torch.distributed as dist
 from test_distributed import backward, each_row, local, network
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
+import fastsgd
+
 DECAY = 0.75
+CPU = torch.device("cpu")
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -122,3 +125,26 @@ def clip_placements() -> None:
 def test_placements(tmp_path: Path) -> None:
     """``clip_grad_norm_`` counts each element of a distributed gradient once."""
     workers.run(clip_placements, tmp_path)
+
+
+def refuse_parts() -> None:
+    """Worker: FSDP1, whose flat parameters have no norm here that is the model's."""
+    for views in (False, True):
+        net = FullyShardedDataParallel(network(), use_orig_params=views, device_id=CPU)
+        for name, value in (("max_grad_norm", 0.0), ("skip_nonfinite", True)):
+            with pytest.raises(ValueError, match=f"{name} cannot be had with FullySharded"):
+                fastsgd.SGD(net.parameters(), lr=0.1, **{name: value})
+        optimizer = fastsgd.SGD(net.parameters(), lr=0.1, ema_decay=DECAY, skip_nonfinite=False)
+        backward(net, 0)
+        optimizer.step()
+        with pytest.raises(ValueError, match="error_if_nonfinite cannot be had"):
+            optimizer.error_if_nonfinite = True
+        assert optimizer.error_if_nonfinite is False
+        whole = fastsgd.SGD([Parameter(torch.ones(3))], lr=0.1, max_grad_norm=1.0)
+        with pytest.raises(ValueError, match="max_grad_norm cannot be had"):
+            whole.add_param_group({"params": list(net.parameters())})
+        assert len(whole.param_groups) == 1
+
+
+def test_parts(tmp_path: Path) -> None:
+    workers.run(refuse_parts, tmp_path)
