@@ -20,6 +20,8 @@ template <class T>
 struct PieceBlock {
   // A square of less than 53 bits leaves room to add to.
   static constexpr bool kRest = sizeof(T) == sizeof(double);
+  // Packs that are asked for before the first is taken: one at a time would wait for memory.
+  static constexpr int kAhead = 4;
 
   const T* grad;
   int count;
@@ -65,7 +67,19 @@ struct PieceBlock {
     FASTSGD_ASSUME_GLOBAL(from);
     const bool packed = !laid_out && over_alignment(from) == 0;
     Part mine{};
-    for (int i = thread * kPack; i < count; i += kThreads * kPack) {
+    const auto take_pack = [&](const Pack<T>& pack) {
+      for (int k = 0; k < kPack; ++k) take<kOrder>(mine, to_scalar(pack.item[k]), factor);
+    };
+    constexpr int kStride = kThreads * kPack;
+    int i = thread * kPack;
+    for (; packed && i + (kAhead - 1) * kStride + kPack <= count; i += kAhead * kStride) {
+      Pack<T> packs[kAhead];
+      for (int a = 0; a < kAhead; ++a) {
+        packs[a] = pack_at<const Pack<T>>(from + i + a * kStride);
+      }
+      for (int a = 0; a < kAhead; ++a) take_pack(packs[a]);
+    }
+    for (; i < count; i += kStride) {
       Pack<T> pack{};
       if (packed && i + kPack <= count) {
         pack = pack_at<const Pack<T>>(from + i);
@@ -76,7 +90,7 @@ struct PieceBlock {
           pack.item[k] = from[at[0]];
         }
       }
-      for (int k = 0; k < kPack; ++k) take<kOrder>(mine, to_scalar(pack.item[k]), factor);
+      take_pack(pack);
     }
     if (!kRest || kOrder == Order::kInfinity) mine.not_finite = mine.sum - mine.sum != 0;
     part[thread] = mine;

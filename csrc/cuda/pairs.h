@@ -9,6 +9,7 @@ namespace fastsgd::cuda {
 struct Averaging {
   static constexpr int kKernel = kAverage;
   static constexpr bool kPairs = true, kWritesSecond = false;
+  FASTSGD_LANE static bool changes(const Around&) { return true; }
   template <class L, class T>
   FASTSGD_LANE static void apply(const Around& around, const AroundLanes<L>& lanes, T& average,
                                  const T& param) {
@@ -20,6 +21,7 @@ struct Averaging {
 struct Clipping {
   static constexpr int kKernel = kScale;
   static constexpr bool kPairs = false, kWritesSecond = false;
+  FASTSGD_LANE static bool changes(const Around& around) { return around.clips || around.bounds; }
   template <class L, class T>
   FASTSGD_LANE static void apply(const Around& around, const AroundLanes<L>& lanes, T& x, T&) {
     to_storage(lanes.clip(around, to_scalar(x)), x);
@@ -30,6 +32,7 @@ struct Clipping {
 struct Exchanging {
   static constexpr int kKernel = kExchange;
   static constexpr bool kPairs = true, kWritesSecond = true;
+  FASTSGD_LANE static bool changes(const Around&) { return true; }
   template <class L, class T>
   FASTSGD_LANE static void apply(const Around&, const AroundLanes<L>&, T& a, T& b) {
     const T kept = a;
@@ -57,6 +60,7 @@ struct PairBlock {
     around = around_of(tables);
     lanes = lanes_of<Scalar>(around);
     count = chunk.count;
+    if (!What::changes(around)) count = 0;  // gradients within the norm are not written
     const std::int64_t offset = corner.find(tables, chunk, laid_out);
     stream[0] = reinterpret_cast<T*>(item.stream[0]) + offset;
     stream[kLast] = reinterpret_cast<T*>(grad_of(tables, grads_here, chunk)) + offset;
