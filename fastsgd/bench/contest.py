@@ -3,9 +3,14 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+
+import torch
 
 from fastsgd.bench.check import Verdict
+from fastsgd.bench.contestants import CPU
 from fastsgd.bench.measure import Effort, Race, Runner, race
+from fastsgd.bench.shapes import Shape
 
 
 @dataclass(frozen=True)
@@ -31,18 +36,23 @@ class Row:
 
     Attributes:
         shape: The shape's name.
+        tensors: How many tensors it has,
+        elements: and how many elements.
         what: The rule, or what else was timed.
         threads: Our thread count.
         verdict: How ours compares with the reference; None where that was not looked at.
         rivals: Stock's modes.
         opponents: Other libraries' optimizers.
-        failures: The opponents that raised, and what.
-        bytes_moved: What a step has to read and write, where memory bandwidth decides.
-        copies: The races with a copy of memory, by its name, where memory bandwidth decides.
+        failures: The modes and opponents that raised, and what.
+        bytes_moved: What a step has to read and write, where it is compared with memory.
+        copies: The races with a copy of memory, by its name, where it is.
         copy_bytes: What that reads and writes.
+        passes: The races with a pass over as much memory in place, which reads and writes all.
     """
 
     shape: str
+    tensors: int
+    elements: int
     what: str
     threads: int
     verdict: Verdict | None = None
@@ -52,6 +62,12 @@ class Row:
     bytes_moved: int = 0
     copies: dict[str, Race] = field(default_factory=dict)
     copy_bytes: int = 0
+    passes: dict[str, Race] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, shape: Shape, what: str, threads: int, verdict: Verdict | None = None) -> "Row":
+        """A row without rivals."""
+        return cls(shape.name, shape.tensors, shape.elements, what, threads, verdict)
 
     @property
     def best(self) -> Rival | None:
@@ -73,10 +89,20 @@ class Row:
     @property
     def copy_fraction(self) -> float | None:
         """Our bytes a second over those of the fastest copy."""
-        if not self.copies:
+        return self.over_ours(self.copies, self.copy_bytes)
+
+    @property
+    def floor(self) -> float | None:
+        """The least time in which memory could be read and written so, over ours."""
+        if not self.passes:
             return None
-        ratio = min(race.ratio.median for race in self.copies.values())
-        return ratio * self.bytes_moved / self.copy_bytes
+        found = (self.copy_fraction, self.over_ours(self.passes, 2 * self.copy_bytes))
+        return min(over for over in found if over is not None)
+
+    def over_ours(self, races: dict[str, Race], bytes_raced: int) -> float | None:
+        """The time that the fastest would take for the bytes of a step, over ours."""
+        ratio = min((race.ratio.median for race in races.values()), default=None)
+        return None if ratio is None else ratio * self.bytes_moved / bytes_raced
 
 
 def races_of(rivals: Iterable[Rival]) -> list[Race]:
@@ -98,16 +124,24 @@ class Settings:
         threads: The default thread count, which ours runs at.
         effort: How long a race is.
         tick: Called after each race, for the progress bar.
+        device: Where steps are timed in the sections `steps` and `scaling`.
     """
 
     threads: int
     effort: Effort
     tick: Callable[[], object] = lambda: None
+    device: torch.device = CPU
 
     @property
     def counts(self) -> list[int]:
-        """The thread counts that stock runs at."""
-        return sorted({1, self.threads})
+        """The thread counts that stock runs at; a device's work is not theirs."""
+        return [self.threads] if self.device.type == "cuda" else sorted({1, self.threads})
+
+    def runner(self, call: Callable[[], object], threads: int) -> Runner:
+        """A runner that is done when the device is."""
+        if self.device.type == "cuda":
+            return Runner(call, threads, wait=partial(torch.cuda.synchronize, self.device))
+        return Runner(call, threads)
 
     def race(self, ours: Runner, rival: Runner, before: Iterable[Race] = ()) -> Race:
         """One race, broken off early if the rival is far behind the best of those before it."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -9,6 +10,10 @@ from torch.optim import Optimizer
 
 from fastsgd.bench.rules import TIMED_LR, Mode, Rule
 from fastsgd.bench.shapes import Shape
+
+CPU = torch.device("cpu")
+# No gradient is nearer to 0: a thousandth of its square, as Adam keeps it, is a normal float16.
+LEAST_GRADIENT = 0.25
 
 
 @dataclass(frozen=True)
@@ -20,21 +25,26 @@ class Inputs:
     gradients: list[Tensor]
 
     @classmethod
-    def random(cls, shape: Shape) -> "Inputs":
-        """Normal values; the same at each call."""
+    def random(cls, shape: Shape, device: torch.device = CPU) -> "Inputs":
+        """Normal values, of gradients moved away from 0; the same at each call."""
         generator = torch.Generator().manual_seed(2013)
 
         def values() -> list[Tensor]:
-            return [torch.randn(s, generator=generator, dtype=shape.dtype) for s in shape.sizes]
+            pairs = zip(shape.sizes, shape.dtypes, strict=True)
+            return [torch.randn(s, generator=generator, dtype=d).to(device) for s, d in pairs]
 
-        return cls(shape, values(), values())
+        parameters, gradients = values(), values()
+        for gradient in gradients:
+            gradient += torch.full_like(gradient, LEAST_GRADIENT).copysign_(gradient)
+        return cls(shape, parameters, gradients)
 
     def optimizer(self, mode: Mode, rule: Rule, lr: float = TIMED_LR) -> Optimizer:
         """An optimizer over copies of the parameters, each with its gradient."""
         copies = [torch.nn.Parameter(p.clone()) for p in self.parameters]
         for copy, gradient in zip(copies, self.gradients, strict=True):
             copy.grad = gradient.clone()
-        groups = [{"params": [c]} for c in copies] if self.shape.grouped else [{"params": copies}]
+        remaining, counts = iter(copies), self.shape.groups or (len(copies),)
+        groups = [{"params": list(islice(remaining, count))} for count in counts]
         return mode.optimizer(groups, lr=lr, **{**rule.options, **mode.options})
 
 

@@ -42,6 +42,7 @@ class Runner:
         prepare: What has to be done anew before each call, and is not timed.
         repeats: How many calls a timed block has; one where there is a `prepare`,
         warm: unless this is set: then they follow each other, as those without do.
+        wait: Waits until what was called is done, where that is after it returns.
     """
 
     call: Callable[[], object]
@@ -49,6 +50,7 @@ class Runner:
     prepare: Callable[[], object] | None = None
     repeats: int = 1
     warm: bool = False
+    wait: Callable[[], object] = lambda: None
 
     def warm_up(self) -> None:
         """Run until the time of one call is known, and choose `repeats` by it."""
@@ -69,9 +71,11 @@ class Runner:
             self.prepare()
         elif self.repeats > 1:
             call()  # what fits a cache is in it, whoever ran before
+        self.wait()
         start = perf_counter()
         for _ in calls:
             call()
+        self.wait()
         return (perf_counter() - start) / self.repeats
 
     def prepared_seconds(self, prepare: Callable[[], object]) -> float:
@@ -79,8 +83,10 @@ class Runner:
         taken = []
         for _ in range(self.repeats + (self.repeats > 1)):
             prepare()
+            self.wait()
             start = perf_counter()
             self.call()
+            self.wait()
             taken.append(perf_counter() - start)
         return statistics.fmean(taken[-self.repeats :])
 

@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fastsgd
-from fastsgd.bench.bandwidth import copies
+from fastsgd.bench.bandwidth import race_copies
 from fastsgd.bench.check import threads_set_to
 from fastsgd.bench.contest import Rival, Row, Settings, races_of
 from fastsgd.bench.contestants import Inputs, parameters_of
+from fastsgd.bench.errors import WrongResultError
 from fastsgd.bench.measure import Runner
 from fastsgd.bench.rules import RULES, Mode, Rule
 from fastsgd.bench.shapes import SHAPES, Shape
-from fastsgd.bench.steps import WrongResultError
 
 MAX_NORM = 1.0
 DECAY = 0.999
@@ -47,7 +47,7 @@ class Chain:
     def bytes_moved(self, rule: Rule, shape: Shape) -> int:
         """What one pass reads and writes: the norm reads gradients, an average is both."""
         streams = 1 + 2 * self.averages + self.zeros
-        return rule.bytes_moved(shape) + streams * shape.dtype.itemsize * shape.elements
+        return rule.bytes_moved(shape) + streams * shape.nbytes
 
 
 CHAINS = (
@@ -142,11 +142,15 @@ class Stock(Loop):
 
 def one_pass_rows(settings: Settings, shapes: Sequence[str] | None = None) -> Iterator[Row]:
     """Race every chain, and the norm alone."""
-    for chain in CHAINS:
-        if shapes is None or chain.shape in shapes:
-            yield chain_row(chain, settings)
+    for chain in chains(shapes):
+        yield chain_row(chain, settings)
     if shapes is None or NORM_SHAPE in shapes:
         yield norm_row(settings)
+
+
+def chains(shapes: Sequence[str] | None) -> list[Chain]:
+    """The chains of the shapes; None for all."""
+    return [chain for chain in CHAINS if shapes is None or chain.shape in shapes]
 
 
 def chain_row(chain: Chain, settings: Settings) -> Row:
@@ -157,7 +161,7 @@ def chain_row(chain: Chain, settings: Settings) -> Row:
     ours = Ours(chain, rule, inputs, lr)
     ours()
     runner = Runner(ours, settings.threads, prepare=ours.backward, warm=True)
-    row = Row(chain.shape, chain.title, settings.threads)
+    row = Row.of(inputs.shape, chain.title, settings.threads)
     for mode in rule.rivals:
         stock = Stock(chain, rule, mode, inputs, lr)
         stock()
@@ -171,8 +175,7 @@ def chain_row(chain: Chain, settings: Settings) -> Row:
     if inputs.shape.large:
         row.bytes_moved = chain.bytes_moved(rule, inputs.shape)
         row.copy_bytes = rule.bytes_touched(inputs.shape)
-        for name, copy in copies(row.copy_bytes, settings.counts):
-            row.copies[name] = settings.race(runner, copy, row.copies.values())
+        race_copies(row, runner, settings)
     return row
 
 
@@ -211,7 +214,7 @@ def norm_row(settings: Settings) -> Row:
     ours = partial(fastsgd.clip_grad_norm_, parameters, torch.inf)  # which scales nothing
     if not torch.isclose(ours().double(), true, rtol=2e-7):
         raise WrongResultError(f"{NORM_SHAPE}: the norm is {ours()}, not {true}.")
-    row = Row(NORM_SHAPE, "norm alone", settings.threads)
+    row = Row.of(inputs.shape, "norm alone", settings.threads)
     for foreach in (True, False):
         stock = partial(stock_norm, parameters, foreach)
         for count in settings.counts:
@@ -230,6 +233,7 @@ def stock_norm(parameters: list[Tensor], foreach: bool) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients, foreach=foreach)
 
 
-def rivals() -> int:
+def rivals(shapes: Sequence[str] | None) -> int:
     """With how many of stock's ways ours is raced, at each thread count."""
-    return 2 + sum(len(RULES[chain.rule].rivals) for chain in CHAINS)
+    norm = 2 if shapes is None or NORM_SHAPE in shapes else 0
+    return norm + sum(len(RULES[chain.rule].rivals) for chain in chains(shapes))

@@ -1,13 +1,15 @@
 """Other libraries' optimizers, raced where they are installed: the extra `[opponents]`."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from fastsgd.bench.rules import Mode, Rule
+from fastsgd.bench.shapes import Shape
 
 FLOATS = frozenset({torch.float32, torch.bfloat16})
 
@@ -28,14 +30,19 @@ class Opponent:
     classes: Mapping[str, tuple[str, Mapping[str, Any]]] = field(repr=False)
     dtypes: frozenset[torch.dtype] = FLOATS
 
-    def enters(self, rule: Rule, dtype: torch.dtype) -> bool:
-        """Whether it has the rule for parameters of the dtype."""
-        return rule.name in self.classes and dtype in self.dtypes
+    def enters(self, rule: Rule, shape: Shape) -> bool:
+        """Whether it has the rule for parameters of such dtypes."""
+        return rule.name in self.classes and self.dtypes.issuperset(shape.dtypes)
 
     def mode(self, rule: Rule) -> Mode:
-        """Its optimizer."""
+        """Its optimizer; the class is looked for when one is made."""
         name, options = self.classes[rule.name]
-        return Mode(self.name, getattr(import_module(self.module), name), options)
+
+        def optimizer(*args: Any, **kwargs: Any) -> Optimizer:
+            made: Optimizer = getattr(import_module(self.module), name)(*args, **kwargs)
+            return made
+
+        return Mode(self.name, optimizer, options)
 
 
 # Only optimizers with the states that stock has: 8-bit states are another rule. Left out as well is
@@ -80,10 +87,16 @@ OPPONENTS = (
 )
 
 
-def found() -> tuple[list[Opponent], dict[str, str]]:
-    """Those that can be imported, and a word on each: its version, or why it is left out."""
+def found(names: Container[str] | None = None) -> tuple[list[Opponent], dict[str, str]]:
+    """Those that can be imported, and a word on each: its version, or why it is left out.
+
+    Args:
+        names: Which to look for; None for all.
+    """
     present, words = [], {}
     for opponent in OPPONENTS:
+        if names is not None and opponent.name not in names:
+            continue
         try:
             package = import_module(opponent.name)
             import_module(opponent.module)

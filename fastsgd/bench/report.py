@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,12 +12,13 @@ import torch
 
 import fastsgd
 from fastsgd import _C
-from fastsgd.bench.contest import Rival, Row
+from fastsgd.bench.contest import Rival, Row, Settings
 from fastsgd.bench.measure import Race
 from fastsgd.bench.memory import Memory
 from fastsgd.bench.sections import GROUPED, MANY_THREADS
+from fastsgd.bench.shapes import Shape
 
-COLUMNS = "{:<13}{:<19}{:>11}  {:<18}{:<15}{:>11}{:>11}{:>10}{:>9}  {}"
+COLUMNS = "{:<19}{:<17}{:>11}  {:<18}{:<16}{:>9}{:>9}{:>10}{:>9}  {}"
 HEADINGS = (
     *("shape", "step", "stock/ours", "quartiles", "best stock", "stock µs", "ours µs"),
     *("MB moved", "of copy", ""),
@@ -48,8 +49,8 @@ class Results:
     skipped: list[str] = field(default_factory=list)
 
 
-def machine() -> dict[str, Any]:
-    """Where the numbers hold: versions, the CPU, and how many threads."""
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where the numbers hold: versions, the CPU, how many threads, and the device."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "fastsgd": fastsgd.__version__,
@@ -58,18 +59,20 @@ def machine() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "load": os.getloadavg()[0],
         "isa": _C.instruction_set(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
     }
 
 
-def heading() -> str:
+def heading(settings: Settings) -> str:
     """What is compared, and where."""
-    m = machine()
-    counts = " and ".join(map(str, sorted({1, m["threads"]})))
+    m = machine(settings.device)
+    counts = " and ".join(map(str, settings.counts))
+    on = "" if m["device"] == "CPU" else f"{m['device']}, with "
     lines = [
-        f"fastsgd {m['fastsgd']} ({m['isa']}) and torch {m['torch']} on {m['cpu']}, "
+        f"fastsgd {m['fastsgd']} ({m['isa']}) and torch {m['torch']} on {on}{m['cpu']}, "
         f"{m['cores']} cores",
         f"ours at {m['threads']} threads, stock at its best of {counts}; higher is better",
     ]
@@ -88,17 +91,27 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def model_line(name: str, shape: Shape) -> str:
+    """What was found of the user's own model."""
+    dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in shape.dtypes}))
+    return (
+        f"{name}: {shape.tensors:,} tensors, {shape.elements:,} elements, {dtypes}; groups: "
+        f"{len(shape.groups):,}, with the options of the rules"
+    )
+
+
 def line(row: Row) -> str:
     """One row of the table."""
-    moved = f"{row.bytes_moved / 1e6:,.0f}" if row.bytes_moved else ""
+    moved = digits(row.bytes_moved / 1e6) if row.bytes_moved else ""
     fraction = "" if row.copy_fraction is None else f"{row.copy_fraction:.0%}"
     note = "; ".join(f"{mode}: {count:,} elements wrong" for mode, count in row.wrong.items())
-    cells = [*cells_of(row.best, "no mode is right"), moved, fraction]
-    return COLUMNS.format(row.shape, row.what, *cells, note).rstrip()
+    cells = cells_of(row.best, "no mode is right" if row.rivals else "not raced")
+    shape = row.shape if len(row.shape) < 19 else f"{row.shape[:17]}…"
+    return COLUMNS.format(shape, row.what, *cells, moved, fraction, note).rstrip()
 
 
 def opponent_lines(row: Row) -> Iterable[str]:
-    """A line for each opponent of a row; they are no part of the best of stock."""
+    """A line for each opponent of a row, no part of the best of stock, and for each failure."""
     for name, best in row.best_opponents.items():
         yield COLUMNS.format("", f"  {name}", *cells_of(best, "wrong"), "", "", "").rstrip()
     for name, failure in row.failures.items():
@@ -114,12 +127,12 @@ def cells_of(rival: Rival | None, otherwise: str) -> list[str]:
         f"{ratio.median:.2f}",
         f"{ratio.first_quartile:.2f} .. {ratio.third_quartile:.2f}",
         f"{rival.mode}, {rival.threads} thr",
-        microseconds(rival.race.rival_us),
-        microseconds(rival.race.ours_us),
+        digits(rival.race.rival_us),
+        digits(rival.race.ours_us),
     ]
 
 
-def microseconds(value: float) -> str:
+def digits(value: float) -> str:
     """Three digits or more."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
@@ -148,13 +161,13 @@ def against(who: str, what: str, race: Race) -> str:
     return (
         f"{who:<17} {what} {race.ratio.median:>7.2f}"
         f"   ({race.ratio.first_quartile:.2f} .. {race.ratio.third_quartile:.2f};"
-        f" {microseconds(race.rival_us)} µs / {microseconds(race.ours_us)} µs)"
+        f" {digits(race.rival_us)} µs / {digits(race.ours_us)} µs)"
     )
 
 
 def memory_lines(found: Iterable[Memory]) -> Iterable[str]:
     """What a warm step takes."""
-    columns = "{:<13}{:<14}{:<10}{:>20}{:>26}{:>16}"
+    columns = "{:<19}{:<17}{:<10}{:>20}{:>26}{:>16}"
     yield columns.format(
         "shape", "step", "", "malloc calls a step", "peak beyond what was, MB", "gradients, MB"
     )
@@ -164,11 +177,11 @@ def memory_lines(found: Iterable[Memory]) -> Iterable[str]:
         yield columns.format(m.shape, m.what, m.mode, calls, peak, f"{m.gradient_bytes / 1e6:.1f}")
 
 
-def document(results: Results, options: dict[str, Any]) -> dict[str, Any]:
+def document(results: Results, options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """All that was measured, as JSON takes it."""
     return {
-        **machine(),
-        "options": options,
+        **machine(device),
+        "options": {name: plain(value) for name, value in options.items()},
         "opponents": results.opponents,
         **{name: [record(row) for row in rows] for name, rows in results.rows.items()},
         "groups": {title: asdict(race) for title, race in results.groups.items()},
@@ -178,6 +191,11 @@ def document(results: Results, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def plain(option: object) -> object:
+    """An option as JSON takes it."""
+    return str(option) if isinstance(option, (Path, torch.device)) else option
+
+
 def record(row: Row) -> dict[str, Any]:
     """A row, with what follows from it."""
     return {
@@ -185,6 +203,7 @@ def record(row: Row) -> dict[str, Any]:
         "stock_over_ours": median(row.best),
         "opponents_over_ours": {name: median(best) for name, best in row.best_opponents.items()},
         "copy_fraction": row.copy_fraction,
+        "floor_over_ours": row.floor,
     }
 
 

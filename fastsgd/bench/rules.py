@@ -53,11 +53,11 @@ class Rule:
 
     def bytes_moved(self, shape: Shape) -> int:
         """What a step has to read and write: p, g and p again, and each state twice."""
-        return (3 + 2 * self.states) * shape.dtype.itemsize * shape.elements
+        return (3 + 2 * self.states) * shape.nbytes
 
     def bytes_touched(self, shape: Shape) -> int:
         """The memory that a step works on: p, g and the states."""
-        return (2 + self.states) * shape.dtype.itemsize * shape.elements
+        return (2 + self.states) * shape.nbytes
 
 
 def rule(

@@ -11,12 +11,13 @@ from fastsgd.bench.contestants import Inputs
 from fastsgd.bench.memory import memory
 from fastsgd.bench.opponents import Opponent
 from fastsgd.bench.report import Results
-from fastsgd.bench.rules import RULES
-from fastsgd.bench.shapes import SHAPES
+from fastsgd.bench.rules import RULES, Rule
+from fastsgd.bench.shapes import Shape
 from fastsgd.bench.steps import step_row
 
 SECTIONS = {
     "steps": "step() on gradients that stay where they are",
+    "scaling": "the same, by the number of tensors, and by the elements of one tensor",
     "fresh": "step() on gradients that a backward has just made, in memory that is new to it",
     "zero-grad": "zero_grad() on gradients that a backward has just made",
     "one-pass": "clip, step, average, zero: one step() of ours, four calls of stock's",
@@ -25,8 +26,11 @@ SECTIONS = {
     # Last: it leaves threads behind.
     "oversubscribed": "SGD step() of 2000x64 with more threads than cores",
 }
-# The seconds before a deadline that are kept for the sections after the main table.
-RESERVED_SECONDS = 20.0
+# The seconds before a deadline that are kept for the sections after the main table, and for those
+# after the next.
+RESERVED_SECONDS = {"steps": 25.0, "scaling": 15.0}
+
+Case = tuple[Shape, Rule]
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Plan:
 
     Attributes:
         sections: Names of SECTIONS.
-        cases: Names of SHAPES and RULES, for the section `steps`.
+        cases: The rows of the section `steps`.
+        scaling: The rows of the section `scaling`.
         opponents: Who else is raced in the section `steps`,
         words: and a word on each of those, and on those who are not.
         chained: The shapes of the section `one-pass`; None for all.
@@ -43,7 +48,8 @@ class Plan:
     """
 
     sections: Sequence[str]
-    cases: Sequence[tuple[str, str]]
+    cases: Sequence[Case]
+    scaling: Sequence[Case] = ()
     opponents: Sequence[Opponent] = ()
     words: dict[str, str] = field(default_factory=dict)
     chained: Sequence[str] | None = None
@@ -53,19 +59,19 @@ class Plan:
         """How often the progress bar will tick."""
         rivals = {
             "steps": sum(self.entrants(*case) for case in self.cases),
+            "scaling": sum(len(rule.rivals) for _, rule in self.scaling),
             "fresh": sum(len(rule.rivals) for rule in sections.FRESH_RULES),
             "zero-grad": 2 * len(RULES["sgd"].rivals),
-            "one-pass": one_pass.rivals(),
+            "one-pass": one_pass.rivals(self.chained),
         }
         ticks = sum(count for name, count in rivals.items() if name in self.sections)
         others = {"memory": 1, "groups": len(sections.GROUP_RULES), "oversubscribed": 2}
         return ticks * len(settings.counts) + sum(others.get(name, 0) for name in self.sections)
 
-    def entrants(self, shape: str, rule: str) -> int:
+    def entrants(self, shape: Shape, rule: Rule) -> int:
         """How many optimizers a row of the section `steps` has beside ours."""
-        dtype = SHAPES[shape].dtype
-        opponents = sum(opponent.enters(RULES[rule], dtype) for opponent in self.opponents)
-        return len(RULES[rule].rivals) + opponents
+        opponents = sum(opponent.enters(rule, shape) for opponent in self.opponents)
+        return len(rule.rivals) + opponents
 
 
 def run(plan: Plan, settings: Settings, say: Callable[[str], object]) -> Results:
@@ -98,7 +104,7 @@ def run(plan: Plan, settings: Settings, say: Callable[[str], object]) -> Results
             results.oversubscribed = sections.oversubscribed(settings)
             say_all(report.oversubscribed_lines(results.oversubscribed), say)
         else:
-            if name == "steps":
+            if name == "steps" and plan.words:
                 results.opponents = plan.words
                 say(report.opponents_line(plan.words))
             say(report.HEADER)
@@ -121,23 +127,25 @@ def rows_of(name: str, plan: Plan, settings: Settings, skipped: list[str]) -> It
     elif name == "one-pass":
         yield from one_pass.one_pass_rows(settings, plan.chained)
     else:
-        yield from step_rows(plan, settings, skipped)
+        yield from step_rows(name, plan, settings, skipped)
 
 
-def step_rows(plan: Plan, settings: Settings, skipped: list[str]) -> Iterator[Row]:
-    """The main table's rows, but for those that would end after the deadline."""
-    deadline = plan.deadline - (RESERVED_SECONDS if len(plan.sections) > 1 else 0.0)
+def step_rows(name: str, plan: Plan, settings: Settings, skipped: list[str]) -> Iterator[Row]:
+    """The rows of `steps` or `scaling`, but for those that would end after the deadline."""
+    scaling = name == "scaling"
+    deadline = plan.deadline - (0.0 if name == plan.sections[-1] else RESERVED_SECONDS[name])
     # A row takes about as long as the one before, or as its elements in the slowest large row.
     took = seconds_an_element = 0.0
-    for shape, cases in groupby(plan.cases, key=lambda case: SHAPES[case[0]]):
+    for shape, cases in groupby(plan.scaling if scaling else plan.cases, key=lambda case: case[0]):
         inputs: Inputs | None = None
         for _, rule in cases:
             start = perf_counter()
             if start + max(took, seconds_an_element * shape.elements) > deadline:
-                skipped.append(f"{shape.name} {rule}")
+                skipped.append(f"{shape.name} {rule.name}")
                 continue
-            inputs = inputs or Inputs.random(shape)
-            yield step_row(inputs, RULES[rule], settings, plan.opponents)
+            inputs = inputs or Inputs.random(shape, settings.device)
+            opponents = () if scaling else plan.opponents
+            yield step_row(inputs, rule, settings, opponents, floor=scaling)
             took = perf_counter() - start
             if shape.large:
                 seconds_an_element = max(seconds_an_element, took / shape.elements)

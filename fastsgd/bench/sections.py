@@ -49,7 +49,7 @@ def training_row(
         return Runner(timed(training), threads, prepare=training.backward)
 
     ours = runner(Training(inputs, rule.ours, rule), settings.threads)
-    row = Row(SHAPE.name, what, settings.threads)
+    row = Row.of(SHAPE, what, settings.threads)
     for mode in rule.rivals:
         rival = Training(inputs, mode, rule)
         for count in settings.counts:
@@ -62,7 +62,7 @@ def training_row(
 def groups(settings: Settings) -> dict[str, Race]:
     """Time a group for each tensor against one group of the same tensors, both ours."""
     apart = Inputs.random(GROUPED)
-    together = replace(apart, shape=replace(GROUPED, grouped=False))
+    together = replace(apart, shape=replace(GROUPED, groups=()))
     races = {}
     for rule in GROUP_RULES:
         truth = reference(apart, rule)

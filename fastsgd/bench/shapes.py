@@ -5,12 +5,26 @@ and of Hugging Face (GPT-2); each is checked when the shape is made.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
 
 Size = tuple[int, ...]
+
+# What a model can be timed in, and how its name then ends.
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+SUFFIXES = {
+    torch.float32: "",
+    torch.float64: "-f64",
+    torch.bfloat16: "-bf16",
+    torch.float16: "-f16",
+}
 
 
 @dataclass(frozen=True)
@@ -20,14 +34,14 @@ class Shape:
     Attributes:
         name: What the command line and the table call it.
         sizes: The size of each parameter tensor, in the model's order.
-        dtype: The dtype of parameters and gradients.
-        grouped: Whether every tensor has a parameter group of its own.
+        dtype: The dtype of parameters and gradients: one for all, or one for each.
+        groups: How many tensors each parameter group has, in order; one group has all by default.
     """
 
     name: str
     sizes: tuple[Size, ...] = field(repr=False)
-    dtype: torch.dtype = torch.float32
-    grouped: bool = False
+    dtype: torch.dtype | tuple[torch.dtype, ...] = field(default=torch.float32, repr=False)
+    groups: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def tensors(self) -> int:
@@ -38,6 +52,22 @@ class Shape:
     def elements(self) -> int:
         """How many elements in all tensors together."""
         return sum(map(prod, self.sizes))
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtype of each tensor."""
+        return self.dtype if isinstance(self.dtype, tuple) else (self.dtype,) * self.tensors
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of all tensors."""
+        pairs = zip(self.sizes, self.dtypes, strict=True)
+        return sum(prod(size) * dtype.itemsize for size, dtype in pairs)
+
+    def in_dtype(self, dtype: torch.dtype) -> "Shape":
+        """The same model in another dtype, which its name tells."""
+        own = "" if isinstance(self.dtype, tuple) else SUFFIXES[self.dtype]
+        return replace(self, name=self.name.removesuffix(own) + SUFFIXES[dtype], dtype=dtype)
 
     @property
     def large(self) -> bool:
@@ -182,7 +212,7 @@ SHAPES = {
         Shape("lesson", ((4, 3), (3,))),
         Shape("1000x16", ((16,),) * 1000),
         Shape("2000x64", ((64,),) * 2000),
-        Shape("465-groups", ((4096,),) * 465, grouped=True),
+        Shape("465-groups", ((4096,),) * 465, groups=(1,) * 465),
         Shape("mobilenet-v3", known(mobilenet_v3_large, 174, 5_483_032)),
         Shape("resnet-50", known(resnet50, 161, 25_557_032)),
         Shape("vit-b-16", known(vit_b_16, 152, 86_567_656)),

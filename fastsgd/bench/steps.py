@@ -1,41 +1,52 @@
 """The main table: `step()` on gradients that stay where they are."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from fastsgd.bench.bandwidth import copies
+from fastsgd.bench.bandwidth import race_copies, race_passes
 from fastsgd.bench.check import Verdict, checked, reference
 from fastsgd.bench.contest import Rival, Row, Settings, races_of
 from fastsgd.bench.contestants import Inputs
+from fastsgd.bench.errors import WrongResultError
 from fastsgd.bench.measure import Runner
 from fastsgd.bench.opponents import Opponent
 from fastsgd.bench.rules import Mode, Rule
 
 
-class WrongResultError(Exception):
-    """Our own result is wrong, and so its time means nothing."""
-
-
 def step_row(
-    inputs: Inputs, rule: Rule, settings: Settings, opponents: Iterable[Opponent] = ()
+    inputs: Inputs,
+    rule: Rule,
+    settings: Settings,
+    opponents: Iterable[Opponent] = (),
+    floor: bool = False,
 ) -> Row:
-    """Check ours, then race it with stock's modes and opponents that are right, and with a copy."""
+    """Check ours, then race it with all who are right, and with memory.
+
+    Args:
+        inputs: Where all of them start.
+        rule: Which update.
+        settings: What holds for every row.
+        opponents: Who enters beside stock's modes.
+        floor: Race with copies of small shapes too, and with passes in place.
+    """
     shape = inputs.shape
     truth = reference(inputs, rule)
     ours, verdict = our_runner(inputs, rule, truth, settings)
-    row = Row(shape.name, rule.title, settings.threads, verdict)
+    row = Row.of(shape, rule.title, settings.threads, verdict)
     for mode in rule.rivals:
-        enter(row.rivals, inputs, mode, rule, truth, ours, settings)
+        row.rivals += entered(row, mode, inputs, rule, truth, ours, settings, row.rivals)
     for opponent in opponents:
-        if opponent.enters(rule, shape.dtype):
-            enter_opponent(row, inputs, opponent, rule, truth, ours, settings)
+        if opponent.enters(rule, shape):
+            mode = opponent.mode(rule)
+            row.opponents += entered(row, mode, inputs, rule, truth, ours, settings)
     del truth
-    if shape.large:
+    if shape.large or floor:
         row.bytes_moved = rule.bytes_moved(shape)
         row.copy_bytes = rule.bytes_touched(shape)
-        for name, copy in copies(row.copy_bytes, settings.counts):
-            row.copies[name] = settings.race(ours, copy, row.copies.values())
+        race_copies(row, ours, settings)
+    if floor:
+        race_passes(row, ours, settings)
     return row
 
 
@@ -54,41 +65,34 @@ def our_runner(
             f"{inputs.shape.name}, {rule.title}: fastsgd has {verdict.wrong} of "
             f"{inputs.shape.elements} elements wrong{bits}; nothing was timed."
         )
-    return Runner(optimizer.step, settings.threads), verdict
+    return settings.runner(optimizer.step, settings.threads), verdict
 
 
-def enter(
-    rivals: list[Rival],
-    inputs: Inputs,
-    mode: Mode,
-    rule: Rule,
-    truth: list[Tensor],
-    ours: Runner,
-    settings: Settings,
-) -> None:
-    """Enter one rival at each thread count; it is in memory only for as long."""
-    optimizer, verdict = checked(inputs, mode, rule, truth, settings.counts)
-    for count in settings.counts:
-        race = None
-        if not verdict.wrong:
-            race = settings.race(ours, Runner(optimizer.step, count), races_of(rivals))
-        rivals.append(Rival(mode.name, count, verdict, race))
-        settings.tick()
-
-
-def enter_opponent(
+def entered(
     row: Row,
+    mode: Mode,
     inputs: Inputs,
-    opponent: Opponent,
     rule: Rule,
     truth: list[Tensor],
     ours: Runner,
     settings: Settings,
-) -> None:
-    """Enter an opponent; if it fails, whatever the reason, the row says so."""
+    before: Sequence[Rival] = (),
+) -> list[Rival]:
+    """One rival at each thread count; it is in memory only for as long.
+
+    If it fails, whatever the reason, the row says so. It is let go early if it is far behind the
+    best of those before it.
+    """
     rivals: list[Rival] = []
     try:
-        enter(rivals, inputs, opponent.mode(rule), rule, truth, ours, settings)
+        optimizer, verdict = checked(inputs, mode, rule, truth, settings.counts)
+        for count in settings.counts:
+            race = None
+            if not verdict.wrong:
+                runner = settings.runner(optimizer.step, count)
+                race = settings.race(ours, runner, races_of([*before, *rivals]))
+            rivals.append(Rival(mode.name, count, verdict, race))
+            settings.tick()
     except Exception as error:
-        row.failures[opponent.name] = type(error).__name__
-    row.opponents += rivals
+        row.failures[mode.name] = type(error).__name__
+    return rivals
