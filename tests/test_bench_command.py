@@ -14,7 +14,7 @@ import torch
 import fastsgd
 from fastsgd import bench
 from fastsgd.bench import check, measure, report, scaling, sections, steps
-from fastsgd.bench.contest import Settings
+from fastsgd.bench.contest import Row, Settings
 from fastsgd.bench.contestants import Inputs
 from fastsgd.bench.measure import Effort
 from fastsgd.bench.rules import RULES
@@ -70,6 +70,7 @@ def test_a_tiny_run_prints_and_writes_everything(
     ]
     for row in found["scaling"]:
         assert row["bytes_moved"] == 28 * row["elements"]
+        assert list(row["passes"]) == ["neg_, 1 thr", "neg_, 2 thr"] and len(row["copies"]) == 4
         copies, passes = (
             min(race["ratio"]["median"] for race in row[name].values())
             for name in ("copies", "passes")
@@ -138,6 +139,13 @@ def test_which_rules_a_shape_gets(options: list[str], shape: str, rules: list[st
     assert [rule.name for of, rule in plan.cases if of.name == shape] == rules
 
 
+def test_a_long_name_keeps_the_columns() -> None:
+    found = [Row(name, 1, 1, "SGD", 1) for name in ("x" * 18, "y" * 30)]
+    lines = [report.line(row) for row in found]
+    assert lines[0].index("SGD") == lines[1].index("SGD") == report.HEADER.index("step")
+    assert "x" * 18 in lines[0] and f"{'y' * 17}…" in lines[1]
+
+
 def test_many_groups_beyond_their_limit_are_said_to_be() -> None:
     for ratio, said in ((1.1, False), (1.2, True)):
         found = measure.Race(measure.Spread(ratio, ratio, ratio), 1.0, ratio, 2)
@@ -193,7 +201,7 @@ def test_a_model_in_another_dtype(tmp_path: Path) -> None:
     found = run(tmp_path, "--model", "lesson", "--dtype", "bfloat16", "--optimizer", "adamw")
     assert [(row["shape"], row["what"]) for row in found["steps"]] == [("lesson-bf16", "AdamW")]
     plan = bench.plan_of(bench.parse(["--dtype", "bfloat16"]))
-    names = [shape.name for shape in dict.fromkeys(shape for shape, _ in plan.cases)]
+    names = [shape.name for shape, rule in plan.cases if rule.name == "sgd"]
     assert names == [f"{name}-bf16" for name in SHAPES if name != "gpt-2-bf16"]
     assert {shape.dtype for shape, _ in (*plan.cases, *plan.scaling)} == {torch.bfloat16}
 

@@ -26,8 +26,7 @@ SECTIONS = {
     # Last: it leaves threads behind.
     "oversubscribed": "SGD step() of 2000x64 with more threads than cores",
 }
-# The seconds before a deadline that are kept for the sections after the main table, and for those
-# after the next.
+# The seconds before a deadline that are kept for the sections after each of these.
 RESERVED_SECONDS = {"steps": 25.0, "scaling": 15.0}
 
 Case = tuple[Shape, Rule]
