@@ -10,14 +10,19 @@ from pathlib import Path
 
 
 def run(code: str, *, timeout: float = 120, env: dict[str, str] | None = None) -> str:
-    """Run ``code``, with the tests' modules importable; return what it printed.
+    """Run ``code``; otherwise as :func:`python`."""
+    return python("-c", textwrap.dedent(code), timeout=timeout, env=env)
+
+
+def python(*arguments: str, timeout: float = 120, env: dict[str, str] | None = None) -> str:
+    """Run Python with arguments, the tests' modules importable; return what it printed.
 
     Raises:
         AssertionError: It failed, crashed or took longer than ``timeout`` seconds.
     """
     paths = [str(Path(__file__).parent), *(p or os.getcwd() for p in sys.path)]
     surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(env or {})}
-    command = [sys.executable, "-c", textwrap.dedent(code)]
+    command = [sys.executable, *arguments]
     try:
         done = subprocess.run(
             command, env=surroundings, timeout=timeout, capture_output=True, text=True, check=False
