@@ -11,7 +11,8 @@ The scaler begins so high that its first steps overflow. Each must be left out, 
 alike, and the momentum must start at the first step that counts.
 
 Runs on a CUDA device where there is one. On the CPU weights and losses are compared with those of
-``torch.optim.SGD`` (without ``fused``) bit by bit.
+``torch.optim.SGD`` (without ``fused``) bit by bit: scales are powers of two, so that unscaling
+rounds nothing.
 """
 
 from __future__ import annotations

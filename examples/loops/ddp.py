@@ -10,6 +10,9 @@ the norm of the averaged gradients, the same in each process, without a message 
 
     ZeroRedundancyOptimizer(model.parameters(), optimizer_class=fastsgd.SGD, lr=0.1)
 
+There each optimizer sees its own parameters alone, so ``max_grad_norm`` and ``skip_nonfinite``,
+which ask for all gradients, are not for it: clip by ``fastsgd.clip_grad_norm_`` before the step.
+
 Losses and weights are compared with ``torch.optim.SGD``'s bit by bit, and the processes' with each
 other.
 """

@@ -7,7 +7,9 @@
 
 The optimizer is made after the model is sharded, as with torch's. Parameters and states are
 ``DTensor``s; the kernels step the shards that are here, and dispatch no operator. ``max_grad_norm``
-is the norm over all shards, for which each process sends one number over the mesh.
+is the norm over all shards, for which each process sends one number over the mesh; a step that
+``skip_nonfinite`` leaves out is left out by all. (The older ``FullyShardedDataParallel`` makes
+ordinary tensors of the shards: there clip by its own ``model.clip_grad_norm_``.)
 
 Losses and weights are compared with ``torch.optim.SGD``'s bit by bit, and the norm with torch's.
 """

@@ -9,8 +9,9 @@ decay for biases and norms), and is the one to take with ``model_init`` and with
 optimizer made before the model is wrapped is refused. Both override ``optim``.
 
 The Trainer clips by itself, and finds the norm for its log in any case. So clipping stays with
-``TrainingArguments(max_grad_norm=...)``. What else a step of fastsgd can do, such as ``ema_decay``,
-goes among the keyword arguments.
+``TrainingArguments(max_grad_norm=...)``. What else a step of fastsgd can do goes among the keyword
+arguments, as ``ema_decay`` does here. The Trainer has accelerate wrap the optimizer: fastsgd's own
+attributes are at ``trainer.optimizer.optimizer``.
 
 A model of GPT-2's kind, made from a configuration, learns to count by threes. With SGD, losses and
 weights are compared with torch's bit by bit. AdamW's differ by the last bits of square roots, which
@@ -71,15 +72,14 @@ def model(seed: int = 0) -> GPT2LMHeadModel:
 
 
 def train(
-    net: GPT2LMHeadModel, folder: str, resume: str | None = None, **how: Any
-) -> tuple[list[Tensor], GPT2LMHeadModel]:
-    """Train the model; return the losses that the Trainer logs, and the model."""
+    net: GPT2LMHeadModel, folder: Path, checkpoint: Path | None = None, **how: Any
+) -> Trainer:
+    """Train the model, with the optimizer that ``how`` tells, and return what has trained it."""
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=STEPS,
         per_device_train_batch_size=8,
         gradient_accumulation_steps=2,
-        learning_rate=1e-3,
         weight_decay=0.01,
         max_grad_norm=1.0,
         logging_steps=1,
@@ -92,50 +92,58 @@ def train(
     )
     trainer = Trainer(net, arguments, train_dataset=countings(), **how)
     trainer.remove_callback(PrinterCallback)  # which would print every loss
-    trainer.train(resume_from_checkpoint=resume)
-    logs = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    return torch.tensor(logs).unbind(), net
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    return trainer
 
 
-def with_scheduler(optimizer_class: type[torch.optim.AdamW]) -> dict[str, Any]:
-    """Return a model and the argument ``optimizers`` for it."""
+def compare(what: str, ours: Trainer, stock: Trainer, within: float = 0) -> None:
+    """Compare two trainings: the losses that the Trainers log, and the weights."""
+    losses, stock_losses = (
+        torch.tensor([log["loss"] for log in each.state.log_history if "loss" in log])
+        for each in (ours, stock)
+    )
+    print(f"loss {losses[0]:.3f} at first, {losses[-1]:.3f} after {len(losses)} steps")
+    check(f"losses, {what}", losses, stock_losses, within)
+    check(f"weights, {what}", ours.model.parameters(), stock.model.parameters(), within)
+
+
+def made_here(optimizer_class: type[torch.optim.AdamW], folder: Path) -> Trainer:
+    """Train with an optimizer and a scheduler that are passed in."""
     net = model()
     optimizer = optimizer_class(net.parameters(), lr=1e-2)
-    return {
-        "net": net,
-        "optimizers": (optimizer, get_cosine_schedule_with_warmup(optimizer, 5, STEPS)),
-    }
+    scheduler = get_cosine_schedule_with_warmup(optimizer, 5, STEPS)
+    return train(net, folder, optimizers=(optimizer, scheduler))
+
+
+def made_there(
+    optimizer_class: type[torch.optim.SGD], folder: Path, half: Path | None = None, **options: Any
+) -> Trainer:
+    """Train with an optimizer that the Trainer makes, from a checkpoint on if there is one."""
+    net = model(seed=0 if half is None else 1)
+    how = optimizer_class, {"lr": 0.1, "momentum": 0.9, **options}
+    return train(net, folder, half, optimizer_cls_and_kwargs=how)
 
 
 def main() -> None:
     """Train in each way with both, and compare."""
-    with tempfile.TemporaryDirectory() as folder:
-        ours, net = train(**with_scheduler(fastsgd.AdamW), folder=folder)
-        stock, stock_net = train(**with_scheduler(torch.optim.AdamW), folder=folder)
-        print(f"AdamW: loss {ours[0]:.3f} at first, {ours[-1]:.3f} after {STEPS} steps")
-        check("losses, optimizers=(AdamW, scheduler)", ours, stock, 1e-3)
-        check(
-            "weights, optimizers=(AdamW, scheduler)", net.parameters(), stock_net.parameters(), 1e-3
-        )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ours = made_here(fastsgd.AdamW, folder / "AdamW")
+        stock = made_here(torch.optim.AdamW, folder / "stock AdamW")
+        compare("optimizers=(AdamW, scheduler)", ours, stock, within=1e-3)
 
-    with tempfile.TemporaryDirectory() as folder:
-        options = {"lr": 0.1, "momentum": 0.9}
-        ours, net = train(model(), folder, optimizer_cls_and_kwargs=(fastsgd.SGD, options))
-        half = str(Path(folder) / f"checkpoint-{STEPS // 2}")
-        stock, stock_net = train(
-            model(), f"{folder}/stock", optimizer_cls_and_kwargs=(torch.optim.SGD, options)
-        )
-        print(f"SGD: loss {ours[0]:.3f} at first, {ours[-1]:.3f} after {STEPS} steps")
-        check("losses, optimizer_cls_and_kwargs=(SGD, ...)", ours, stock)
-        check(
-            "weights, optimizer_cls_and_kwargs=(SGD, ...)", net.parameters(), stock_net.parameters()
-        )
-        for name, optimizer_class in (("fastsgd", fastsgd.SGD), ("torch.optim", torch.optim.SGD)):
-            _, resumed = train(
-                model(seed=1), folder, half, optimizer_cls_and_kwargs=(optimizer_class, options)
-            )
-            what = f"weights, fastsgd's checkpoint resumed with {name}.SGD"
-            check(what, resumed.parameters(), net.parameters())
+        ours = made_there(fastsgd.SGD, folder / "SGD", ema_decay=0.9)
+        stock = made_there(torch.optim.SGD, folder / "stock SGD")
+        compare("optimizer_cls_and_kwargs=(SGD, ...)", ours, stock)
+
+        half = folder / "SGD" / f"checkpoint-{STEPS // 2}"
+        resumed = made_there(torch.optim.SGD, folder, half)
+        compare("fastsgd's checkpoint resumed with torch.optim.SGD", resumed, ours)
+        resumed = made_there(fastsgd.SGD, folder, half, ema_decay=0.9)
+        compare("fastsgd's checkpoint resumed with fastsgd.SGD", resumed, ours)
+        optimizers = [each.optimizer.optimizer for each in (resumed, ours)]  # in accelerate's
+        with optimizers[0].ema_weights(), optimizers[1].ema_weights():
+            check("averages, resumed", resumed.model.parameters(), ours.model.parameters())
 
 
 if __name__ == "__main__":
