@@ -39,6 +39,7 @@ constexpr std::int64_t kWorthATeam = 4 << 20;
 
 void zero(const Row&, const Around&, const Run* run, std::int64_t runs) {
   for (const Run* end = run + runs; run != end; ++run) {
+    if (run->count == 0) continue;  // which may have no memory
     std::memset(run->stream[0], 0, static_cast<std::size_t>(run->count));
   }
 }
