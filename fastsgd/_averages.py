@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from fastsgd import _C
-from fastsgd._extras import WithExtras, refuse_inside_ema_weights
+from fastsgd._extras import WithExtras, refuse_inside_ema_weights, unwrapped
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -26,6 +26,8 @@ class WithAverages(WithExtras):
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's; the number of averages so far is the groups' key ``ema_steps``."""
+        if (within := unwrapped(self)) is not self:
+            return within.state_dict()  # type: ignore[no-any-return]
         refuse_inside_ema_weights(self, "state_dict()")
         state_dict = super().state_dict()
         if steps := int(self.__dict__.get("_ema_steps", 0)):  # a device may have counted them
@@ -35,6 +37,9 @@ class WithAverages(WithExtras):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of torch's or of ours."""
+        if (within := unwrapped(self)) is not self:
+            within.load_state_dict(state_dict)
+            return
         refuse_inside_ema_weights(self, "load_state_dict()")
         loaded: dict[str, Any] = {}
         # The last of the hooks, and so it sees what is loaded in the end.
@@ -78,6 +83,10 @@ class WithAverages(WithExtras):
             >>> with optimizer.ema_weights():
             ...     validate(model)
         """
+        if (within := unwrapped(self)) is not self:
+            with within.ema_weights():
+                yield
+            return
         if self.ema_decay is None:
             raise RuntimeError("ema_weights() needs averages: make the optimizer with ema_decay.")
         refuse_inside_ema_weights(self, "ema_weights()")

@@ -68,6 +68,16 @@ def _clear(name: str, value: Any) -> bool | str:
     raise ValueError(f"Invalid {name}: {value!r}. It is False, True (to None) or 'zero'.")
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer within a wrapper that derives from its class, as Lightning's do.
+
+    They hold it in ``optimizer``; what they have of their own are not an optimizer's attributes.
+    """
+    while "param_groups" not in optimizer.__dict__ and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 class Extra:
     """An option of an optimizer, read and set as an attribute; setting it checks it first."""
 
@@ -86,11 +96,12 @@ class Extra:
         """Return its value; of the class, itself."""
         if optimizer is None:
             return self
-        return optimizer.__dict__.get("_extras", {}).get(self.name, self.default)
+        return unwrapped(optimizer).__dict__.get("_extras", {}).get(self.name, self.default)
 
     def __set__(self, optimizer: Optimizer, value: Any) -> None:
         """Set it, if it is valid together with the others."""
         value = self.check(self.name, value)
+        optimizer = unwrapped(optimizer)
         extras: Values = optimizer.__dict__.get("_extras", {})
         changed = {**extras, self.name: value}
         if changed.get("skip_nonfinite") and changed.get("error_if_nonfinite"):

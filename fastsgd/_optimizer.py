@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
 from fastsgd import _C
 from fastsgd._averages import WithAverages
-from fastsgd._extras import DOC, WithExtras, signature_with_extras
+from fastsgd._extras import DOC, WithExtras, signature_with_extras, unwrapped
 from fastsgd._stock import Step, step_as_stock, step_in_parts
 from fastsgd._stock_extras import step_with_extras
 
@@ -54,7 +54,7 @@ class FusedStep(WithAverages):
         was, else float32; None before a step that had a use for it (``max_grad_norm``,
         ``skip_nonfinite`` or ``error_if_nonfinite``). A device is not waited for.
         """
-        return _C.grad_norm(self)
+        return _C.grad_norm(unwrapped(self))
 
     @property
     def skipped_steps(self) -> int:
@@ -62,7 +62,7 @@ class FusedStep(WithAverages):
 
         A device is waited for, to know it.
         """
-        return _C.skipped_steps(self)
+        return _C.skipped_steps(unwrapped(self))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, in one call.
@@ -125,12 +125,19 @@ def _make_step(stock_step: Step) -> Step:
         if is_compiling():
             # torch breaks the graph in its own, and what called step() then calls it untraced.
             return (untraced if "_extras" in self.__dict__ else stock_step)(self, *args, **kwargs)
-        if not args and not kwargs and _C.step(self):
+        if (not (args or kwargs) or _no_closure(args, kwargs)) and _C.step(self):
             return None
         return observed(self, *args, **kwargs)
 
     step.hooked = True  # type: ignore[attr-defined]  # keeps torch from wrapping it once more
     return step
+
+
+def _no_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether ``step`` was called with a closure, which is None."""
+    if args:
+        return len(args) == 1 and not kwargs and args[0] is None
+    return len(kwargs) == 1 and kwargs.get("closure", args) is None
 
 
 def _reset_grad(param: Tensor, set_to_none: bool) -> None:

@@ -160,3 +160,45 @@ def test_in_a_compiled_function(row: Row) -> None:
         made.append([losses, copies(params), states, optimizer.grad_norm])
     torch._dynamo.reset()
     assert_equal(*made)
+
+
+class Wrapper:
+    """Holds an optimizer, and takes the place of its class, as the wrappers of Lightning do."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        """Derive from the class of what it holds."""
+        self._optimizer = optimizer
+        self.__class__ = type("Wrapped", (type(self), type(optimizer)), {})
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What it holds."""
+        return self._optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        """Have the rest of it."""
+        return getattr(self._optimizer, name)
+
+
+def test_wrapped(row: Row) -> None:
+    """What is asked of a wrapper, or set there, is the optimizer's; in another wrapper too."""
+    within = row.ours(BUILD(), **row.rich, max_grad_norm=0.5, ema_decay=0.5, skip_nonfinite=True)
+    wrapper: Any = type("Another", (), dict(vars(Wrapper)))(Wrapper(within))
+    for value in (1.0, NAN):
+        for p in all_params(within):
+            p.grad = torch.full_like(p, value)
+        within.step()
+    assert extras_of(wrapper) == extras_of(within)
+    assert wrapper.skipped_steps == 1 and wrapper.grad_norm.isnan()
+    wrapper.max_grad_norm = 9.0
+    assert within.max_grad_norm == 9.0
+    saved = wrapper.state_dict()
+    assert saved["param_groups"][0]["ema_steps"] == 1
+    averages = copies(state["ema"] for state in within.state.values())
+    with wrapper.ema_weights():
+        assert_equal([p.detach() for p in within.state], averages)
+        with pytest.raises(RuntimeError, match="inside ema_weights"):
+            wrapper.state_dict()
+    other = row.ours(BUILD(), **row.rich)
+    Wrapper(other).load_state_dict(saved)
+    assert other.state_dict()["param_groups"][0]["ema_steps"] == 1

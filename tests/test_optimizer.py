@@ -31,6 +31,7 @@ from torch.optim.optimizer import (
 from twins import Twins, fresh_states, parameters
 
 import fastsgd
+from fastsgd import _C
 
 BUILD = parameters(*ORDINARY_SHAPES)
 
@@ -1313,3 +1314,20 @@ def test_parameter_lifetime_reuse(row: Row) -> None:
         stock.step()
         assert_equal(list(optimizer.state.values()), list(stock.state.values()))
         del fresh
+
+
+def test_a_closure_that_is_none(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is as if none were given, which is how wrappers call, and takes the same short way."""
+    params = parameters(*ORDINARY_SHAPES)()
+    optimizer = row.ours(params, **row.plain)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    monkeypatch.setattr(_C, "step_or_route", None)
+    before = [p.detach().clone() for p in params]
+    assert optimizer.step(None) is None
+    assert optimizer.step(closure=None) is None
+    assert any(not torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    with pytest.raises(TypeError):
+        optimizer.step(None, None)
+    with pytest.raises(TypeError):
+        optimizer.step(other=None)

@@ -9,10 +9,9 @@ then find a ``torch.optim.AdamW``. Two things are worth knowing:
 * A GradScaler (``precision="16-mixed"``) with ``fused=True``: Lightning refuses to clip, as the
   gradients are unscaled within the step. fastsgd can clip there: leave ``gradient_clip_val`` out,
   and give the optimizer ``max_grad_norm``.
-* ``self.optimizers()`` returns Lightning's wrapper, whose class derives from the optimizer's. Read
-  there, fastsgd's attributes have their defaults, and what is set is lost. Ask the optimizer that
-  is within: ``self.optimizers().optimizer.grad_norm``, or ``trainer.optimizers[0].grad_norm``. The
-  same holds for what Fabric's ``setup`` returns.
+* ``self.optimizers()`` returns Lightning's wrapper, whose class derives from the optimizer's.
+  fastsgd's attributes (``grad_norm``, ``max_grad_norm``, ``ema_weights()``, ...) are there too, and
+  are those of the optimizer within. The same holds for what Fabric's ``setup`` returns.
 
 With LightningCLI the line of the configuration is
 
