@@ -282,7 +282,7 @@ def main() -> int:
     """Measure, print, and write JSON if asked; 1 where a bar is missed."""
     parser = argparse.ArgumentParser(description="Time steps on a CUDA device.")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu to try the code")
-    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES | MORE_SHAPES), metavar="NAME")
+    parser.add_argument("--model", nargs="+", choices=sorted(SHAPES | MORE_SHAPES), metavar="NAME")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -292,7 +292,7 @@ def main() -> int:
     name = torch.cuda.get_device_name(device) if on_cuda else "the CPU"
     print(f"fastsgd {fastsgd.__version__} and torch {torch.__version__} on {name}")
     found = []
-    for line in lines(Timer(device), options.shapes):
+    for line in lines(Timer(device), options.model):
         figures = ", ".join(f"{name} {value:.4g}" for name, value in line.figures.items())
         bars = ", ".join(f"{b.figure} {b.limit:g} {'met' if m else 'MISSED'}" for b, m in line.bars)
         print(f"{line.shape:12} {line.rule:9} {figures}\n{'':23}bars: {bars}", flush=True)

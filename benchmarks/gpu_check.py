@@ -23,7 +23,10 @@ from fastsgd import info
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # These wait for other processes, or install things: they are for a machine that is built on.
-LEFT_OUT = {"test_install.py", "test_demo.py", "test_bench.py"}
+LEFT_OUT = {
+    f"test_{name}.py"
+    for name in ("install", "demo", "lesson", "loops", "docs", "bench", "bench_my_model")
+}
 # What is not ours of the modules that tests import: a machine for them may lack it.
 MAY_LACK = {"expecttest", "hypothesis", "numpy", "setuptools"}
 NOT_COLLECTED = 2  # pytest's: the file could not be imported, and none of its tests ran
