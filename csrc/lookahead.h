@@ -49,7 +49,7 @@ class Lookahead {
     auto* storage = grad == nullptr ? nullptr : storage_of(*grad);
     if (storage == nullptr) return;
     const void* memory = storage->_mutable_data_ptr_no_checks().get();
-    prefetch<kCacheLine + kNotes>(static_cast<const char*>(memory) - kNotes);
+    prefetch<kCacheLine + kNotes>(memory, -std::ptrdiff_t{kNotes});
   }
 
  private:

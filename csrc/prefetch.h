@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace fastsgd {
 
@@ -15,12 +16,16 @@ inline constexpr std::size_t kAhead = 6;
 // effect, and drops it.
 #define FASTSGD_PREFETCHING inline __attribute__((always_inline))
 
-// The lines of an object of `kBytes` bytes.
+// The lines of `kBytes` bytes from an object on, or from so many bytes behind its beginning. As
+// there may be no object, numbers are reckoned with, not pointers.
 template <std::size_t kBytes = 1>
-FASTSGD_PREFETCHING void prefetch(const void* object) {
-  const char* bytes = static_cast<const char*>(object);
-  for (std::size_t i = 0; i < kBytes; i += kCacheLine) __builtin_prefetch(bytes + i);
-  if constexpr (kBytes > 1) __builtin_prefetch(bytes + kBytes - 1);
+FASTSGD_PREFETCHING void prefetch(const void* object, std::ptrdiff_t from = 0) {
+  const auto begin = reinterpret_cast<std::uintptr_t>(object) + static_cast<std::uintptr_t>(from);
+  const auto fetch = [begin](std::size_t at) __attribute__((always_inline)) {
+    __builtin_prefetch(reinterpret_cast<const void*>(begin + at));
+  };
+  for (std::size_t i = 0; i < kBytes; i += kCacheLine) fetch(i);
+  if constexpr (kBytes > 1) fetch(kBytes - 1);
 }
 
 }  // namespace fastsgd

@@ -41,9 +41,7 @@ struct LocalShards {
   static PyObject* spec(PyObject* object) { return slot(object, spec_slot); }
 
   // The part of an object that a plain tensor does not have.
-  static FASTSGD_PREFETCHING void fetch(const void* object) {
-    prefetch(static_cast<const char*>(object) + local_slot);
-  }
+  static FASTSGD_PREFETCHING void fetch(const void* object) { prefetch(object, local_slot); }
 
   static bool are_known() { return type != nullptr; }
   // Learns what a DTensor is, if this is one. May run Python code.
