@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from operator import setitem
 from typing import Any
 
 import torch
@@ -21,10 +23,10 @@ Routes = list[list[int]]
 
 def step_in_parts(optimizer: Optimizer, step_as_stock: Step, routes: Routes) -> None:
     """Step the parameters that ``routes`` names in torch's code, then the others in the kernels."""
-    groups = optimizer.param_groups
     if not routes:
         step_as_stock(optimizer)
         return
+    groups = optimizer.param_groups
     theirs = [
         [group["params"][i] for i in route] for group, route in zip(groups, routes, strict=True)
     ]
@@ -33,12 +35,14 @@ def step_in_parts(optimizer: Optimizer, step_as_stock: Step, routes: Routes) -> 
         for group, route in zip(groups, map(set, routes), strict=True)
     ]
     if any(theirs):
-        with _params_replaced(groups, theirs):
-            step_as_stock(optimizer)
-    with _params_replaced(groups, ours):
-        routes_left = _C.step_or_route(optimizer)
-        if routes_left is not None:
-            step_in_parts(optimizer, step_as_stock, routes_left)
+        with_changes(_params(groups, theirs), partial(step_as_stock, optimizer))
+    with_changes(_params(groups, ours), partial(_step_the_rest, optimizer, step_as_stock))
+
+
+def _step_the_rest(optimizer: Optimizer, step_as_stock: Step) -> None:
+    routes_left = _C.step_or_route(optimizer)
+    if routes_left is not None:
+        step_in_parts(optimizer, step_as_stock, routes_left)
 
 
 def step_as_stock(optimizer: Optimizer, stock_step: Step) -> None:
@@ -48,11 +52,13 @@ def step_as_stock(optimizer: Optimizer, stock_step: Step) -> None:
         return
     params = params_of(optimizer)
     warn_of_devices(params)
-    scaling = {name: None for name in ("grad_scale", "found_inf") if hasattr(optimizer, name)}
-    with _unfused(optimizer.param_groups), attributes_replaced(optimizer, scaling):
-        if scale is not None:
-            _unscale(params, scale)
-        stock_step(optimizer)
+    if scale is not None:
+        _unscale(params, scale)
+    changes = [
+        *_flags(optimizer.param_groups),
+        *attributes(optimizer, grad_scale=None, found_inf=None),
+    ]
+    with_changes(changes, partial(stock_step, optimizer))
 
 
 def params_of(optimizer: Optimizer) -> list[Tensor]:
@@ -67,49 +73,55 @@ def _unscale(params: list[Tensor], scale: Tensor) -> None:
                 param.grad.div_(scale.to(param.grad.device))
 
 
-@contextmanager
-def _unfused(groups: list[dict[str, Any]]) -> Iterator[None]:
-    """Turn torch's other code off, for CPU parameters.
+# Whose, of which name, what it was, and what it is to be.
+Change = tuple[Any, str, Any, Any]
+
+
+def with_changes(
+    changes: list[Change],
+    call: Callable[[], object],
+    put: Callable[[Any, str, Any], None] = setitem,
+) -> None:
+    """Call with things changed, and put them back, whatever the call raises.
+
+    An interrupt may come between any two lines of Python, those of a context manager's end among
+    them, and would leave the optimizer without some of its parameters. None comes within a call of
+    C code, so a single one puts everything back.
+    """
+    whose, names, was, values = ([change[i] for change in changes] for i in range(4))
+    put_back: Callable[[], object] = partial(deque, map(put, whose, names, was), maxlen=0)
+    try:
+        deque(map(put, whose, names, values), maxlen=0)
+        call()
+    finally:
+        put_back()
+
+
+def attributes(owner: object, **values: Any) -> list[Change]:
+    """Return what changes those of these attributes that an object has to other values."""
+    own = vars(owner)
+    return [(own, name, own[name], value) for name, value in values.items() if name in own]
+
+
+def _params(groups: list[dict[str, Any]], params: list[list[Tensor]]) -> list[Change]:
+    return [
+        (group, "params", group["params"], replacement)
+        for group, replacement in zip(groups, params, strict=True)
+    ]
+
+
+def _flags(groups: list[dict[str, Any]]) -> list[Change]:
+    """Return what turns torch's other code off, for CPU parameters.
 
     There its fused code is wrong in places, and its capturable code is only for other devices.
     """
-    flags = ("foreach", "fused", "capturable")
-    changed = [
-        (group, {flag: group[flag] for flag in flags if group.get(flag)})
+    return [
+        (group, flag, group[flag], False)
         for group in groups
         if any(param.device.type == "cpu" for param in group["params"])
+        for flag in ("foreach", "fused", "capturable")
+        if group.get(flag)
     ]
-    try:
-        for group, was in changed:
-            group.update(dict.fromkeys(was, False))
-        yield
-    finally:
-        for group, was in changed:
-            group.update(was)
-
-
-@contextmanager
-def _params_replaced(groups: list[dict[str, Any]], params: list[list[Tensor]]) -> Iterator[None]:
-    was = [group["params"] for group in groups]
-    try:
-        for group, replacement in zip(groups, params, strict=True):
-            group["params"] = replacement
-        yield
-    finally:
-        for group, original in zip(groups, was, strict=True):
-            group["params"] = original
-
-
-@contextmanager
-def attributes_replaced(owner: object, attributes: dict[str, Any]) -> Iterator[None]:
-    was = {name: getattr(owner, name) for name in attributes}
-    try:
-        for name, value in attributes.items():
-            setattr(owner, name, value)
-        yield
-    finally:
-        for name, value in was.items():
-            setattr(owner, name, value)
 
 
 _warned_of: set[str] = set()

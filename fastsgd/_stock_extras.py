@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +10,15 @@ from torch import Tensor
 from fastsgd import _C, _norm
 from fastsgd._averages import Average, WithAverages, note_averages
 from fastsgd._extras import checked_decay
-from fastsgd._stock import Routes, Step, attributes_replaced, params_of, step_in_parts
+from fastsgd._stock import (
+    Change,
+    Routes,
+    Step,
+    attributes,
+    params_of,
+    step_in_parts,
+    with_changes,
+)
 
 
 def step_with_extras(optimizer: WithAverages, step_as_stock: Step, routes: Routes) -> None:
@@ -33,19 +40,20 @@ def step_with_extras(optimizer: WithAverages, step_as_stock: Step, routes: Route
             params = params_of(optimizer)
             if decay is not None:
                 average.begin(params)
-            unscaled = {} if scale is None else {"grad_scale": None}
-            with (
-                _grads_treated(params, scale, factor, optimizer.clip_grad_value),
-                attributes_replaced(optimizer, unscaled),
-            ):
-                step_as_stock(optimizer)
+            step = partial(step_as_stock, optimizer)
+            if scale is not None:
+                step = partial(with_changes, attributes(optimizer, grad_scale=None), step)
+            treated = _treated(params, scale, factor, optimizer.clip_grad_value)
+            with_changes(treated, step, put=setattr)
             if decay is not None:
                 average.end(params)
 
         bound = {key: extras[key] for key in ("clip_grad_value", "ema_dtype") if key in extras}
         for_kernels = {**bound, "factor": factor, "ema_decay": decay}
-        with attributes_replaced(optimizer, {"_extras": for_kernels}):
-            step_in_parts(optimizer, step_part, routes)
+        with_changes(
+            attributes(optimizer, _extras=for_kernels),
+            partial(step_in_parts, optimizer, step_part, routes),
+        )
         if decay is not None:  # of which the kernels may have counted their part
             note_averages(optimizer, averaged + 1)
 
@@ -70,11 +78,11 @@ def _factor(optimizer: WithAverages, scale: Tensor | None) -> float | None:
         return 1.0 if max_norm is None else _norm.clip_factor(norm, max_norm).item()
 
 
-@contextmanager
-def _grads_treated(
+@torch.no_grad()
+def _treated(
     params: list[Tensor], scale: Tensor | None, factor: float, bound: float | None
-) -> Iterator[None]:
-    """Put copies that are unscaled and clipped in the gradients' place."""
+) -> list[Change]:
+    """Return what puts copies that are unscaled and clipped in the gradients' place."""
 
     def treated(values: Tensor) -> Tensor:
         if scale is not None:
@@ -98,16 +106,7 @@ def _grads_treated(
         )
 
     if scale is None and factor == 1 and bound is None:
-        yield
-        return
-    with torch.no_grad():
-        copies = [
-            (param, param.grad, copy(param.grad)) for param in params if param.grad is not None
-        ]
-    try:
-        for param, _, copied in copies:
-            param.grad = copied
-        yield
-    finally:
-        for param, grad, _ in copies:
-            param.grad = grad
+        return []
+    return [
+        (param, "grad", param.grad, copy(param.grad)) for param in params if param.grad is not None
+    ]
