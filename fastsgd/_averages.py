@@ -93,17 +93,23 @@ class WithAverages(WithExtras):
         if not self.__dict__.get("_ema_steps"):
             raise RuntimeError("ema_weights() before the first step: there are no averages yet.")
         params = [param for param in self.state if "ema" in self.state[param]]
-        averages = [self.state[param]["ema"] for param in params]
-        with torch.no_grad():
-            kept = _exchange(params, averages)
+        exchange = _Exchange(params, [self.state[param]["ema"] for param in params])
         extras = self.__dict__["_extras"]
-        extras["swapped"] = True
+
+        def leave() -> None:
+            exchange.undo()
+            extras.pop("swapped", None)
+
         try:
+            extras["swapped"] = True
+            exchange.make()
             yield
         finally:
-            del extras["swapped"]
-            with torch.no_grad():
-                _exchange_back(params, averages, kept)
+            try:
+                leave()
+            except BaseException:  # an interrupt
+                leave()
+                raise
 
     def __getstate__(self) -> dict[str, Any]:
         """Return torch's, with what is asked for besides torch's step."""
@@ -125,34 +131,55 @@ def note_averages(optimizer: Optimizer, count: int) -> None:
         optimizer.__dict__["_ema_steps"] = count
 
 
-Kept = dict[int, Tensor]
+class _Exchange:
+    """An exchange of what parameters and averages hold, which can be undone wherever it stopped."""
 
+    def __init__(self, params: list[Tensor], averages: list[Tensor]) -> None:
+        """Check that they can be exchanged."""
+        for param, average in zip(params, averages, strict=True):
+            if param.shape != average.shape:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(param.shape)} has a state 'ema' of shape "
+                    f"{tuple(average.shape)}. Was the parameter's data swapped?"
+                )
+        self.pairs = list(zip(params, averages, strict=True))
+        # Of each exchange by the kernels, there and back, the numbers of the pairs that it left.
+        self.left: list[list[int]] = []
+        # What those pairs held. An average of another dtype than its parameter keeps what it holds.
+        self.held: dict[int, tuple[Tensor, Tensor | None]] = {}
 
-def _exchange(params: list[Tensor], averages: list[Tensor]) -> Kept:
-    """Exchange contents; return copies of the parameters whose dtype is another."""
-    for param, average in zip(params, averages, strict=True):
-        if param.shape != average.shape:
-            raise RuntimeError(
-                f"a parameter of shape {tuple(param.shape)} has a state 'ema' of shape "
-                f"{tuple(average.shape)}. Was the parameter's data swapped?"
-            )
-    here, there = [_local(param) for param in params], [_local(average) for average in averages]
-    kept: Kept = {}
-    for i in _C.exchange(here, there):
-        was = here[i].detach().clone()
-        here[i].copy_(there[i])
-        if here[i].dtype == there[i].dtype:
-            there[i].copy_(was)
-        else:
-            kept[i] = was
-    return kept
+    @torch.no_grad()
+    def make(self) -> None:
+        """Exchange."""
+        self._in_kernels(self.pairs)
+        for i in self.left[0]:
+            param, average = map(_local, self.pairs[i])
+            was = param.clone()
+            self.held[i] = was, average.clone() if average.dtype == was.dtype else None
+            param.copy_(average)
+            if average.dtype == was.dtype:
+                average.copy_(was)
 
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Exchange back what has been exchanged and not yet back."""
+        if len(self.left) == 1:
+            exchanged = [pair for i, pair in enumerate(self.pairs) if i not in self.left[0]]
+            self._in_kernels(exchanged)
+            for i in self.left[1]:  # by torch's operators, as a mode is on that was not
+                param, average = map(_local, exchanged[i])
+                was = param.clone()
+                param.copy_(average)
+                average.copy_(was)
+        for i, held in self.held.items():
+            for tensor, value in zip(self.pairs[i], held, strict=True):
+                if value is not None:
+                    _local(tensor).copy_(value)
 
-def _exchange_back(params: list[Tensor], averages: list[Tensor], kept: Kept) -> None:
-    rest = [i for i in range(len(params)) if i not in kept]
-    _exchange([params[i] for i in rest], [averages[i] for i in rest])
-    for i, was in kept.items():
-        _local(params[i]).copy_(was)
+    def _in_kernels(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        params, averages = ([_local(pair[side]) for pair in pairs] for side in (0, 1))
+        # Done and noted without a line of Python in between, before which an interrupt could come.
+        self.left.extend(map(_C.exchange, [params], [averages]))
 
 
 def _local(tensor: Tensor) -> Tensor:
