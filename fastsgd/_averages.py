@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,11 +37,22 @@ class WithAverages(WithExtras):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of torch's or of ours."""
+        """Load a checkpoint of torch's or of ours. One that raises is not loaded at all."""
         if (within := unwrapped(self)) is not self:
             within.load_state_dict(state_dict)
             return
         refuse_inside_ema_weights(self, "load_state_dict()")
+        own = self.__dict__
+        kept = ("state", "param_groups", "_ema_steps")
+        before: dict[str, Any] = {key: own[key] for key in kept if key in own}
+        try:
+            self._load(state_dict)
+        except BaseException:
+            own.pop("_ema_steps", None)
+            own.update(before)  # torch makes new ones, and leaves these as they are
+            raise
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         loaded: dict[str, Any] = {}
         # The last of the hooks, and so it sees what is loaded in the end.
         hook = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
@@ -48,8 +60,12 @@ class WithAverages(WithExtras):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        steps = [group.pop("ema_steps") for group in self.param_groups if "ema_steps" in group]
-        averages = [state["ema"] for state in self.state.values() if "ema" in state]
+        steps = [
+            _checked_steps(group.pop("ema_steps"))
+            for group in self.param_groups
+            if "ema_steps" in group
+        ]
+        averages = any("ema" in own for own in self.state.values() if isinstance(own, dict))
         if steps or averages or "_ema_steps" in self.__dict__:
             self.__dict__["_ema_steps"] = max([*steps, 1 if averages else 0])
         if averages and self.ema_dtype is not None:
@@ -60,10 +76,11 @@ class WithAverages(WithExtras):
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for i, param in zip(ids, params, strict=True):
-            saved = loaded["state"].get(i, {}).get("ema")
-            if saved is not None:
+            own = loaded["state"].get(i)
+            average = own.get("ema") if isinstance(own, dict) else None
+            if isinstance(average, Tensor):  # what else it may be is an error of the step
                 dtype = dtype_of_average(param, self.ema_dtype)
-                self.state[param]["ema"] = saved.to(device=param.device, dtype=dtype)
+                self.state[param]["ema"] = average.to(device=param.device, dtype=dtype)
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -131,17 +148,40 @@ def note_averages(optimizer: Optimizer, count: int) -> None:
         optimizer.__dict__["_ema_steps"] = count
 
 
+def _checked_steps(value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(
+            f"Invalid ema_steps: {value!r}. It is how many averages there were. Is the checkpoint "
+            "corrupt?"
+        ) from None
+
+
+def _check(param: Tensor, average: Any) -> None:
+    """Raise where an average is none of a parameter."""
+    what = f"a parameter of shape {tuple(param.shape)} on {param.device} has a state 'ema'"
+    if not isinstance(average, Tensor):
+        raise TypeError(
+            f"{what} that must be a Tensor, not {type(average).__name__}. Is the checkpoint "
+            "corrupt?"
+        )
+    if param.shape != average.shape or param.device != average.device:
+        raise RuntimeError(
+            f"{what} of shape {tuple(average.shape)} on {average.device}. Was the parameter's "
+            "data swapped?"
+        )
+    if not (average.is_floating_point() or average.is_complex()):
+        raise RuntimeError(f"{what} of {average.dtype}, which is no dtype of an average.")
+
+
 class _Exchange:
     """An exchange of what parameters and averages hold, which can be undone wherever it stopped."""
 
     def __init__(self, params: list[Tensor], averages: list[Tensor]) -> None:
         """Check that they can be exchanged."""
         for param, average in zip(params, averages, strict=True):
-            if param.shape != average.shape:
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(param.shape)} has a state 'ema' of shape "
-                    f"{tuple(average.shape)}. Was the parameter's data swapped?"
-                )
+            _check(param, average)
         self.pairs = list(zip(params, averages, strict=True))
         # Of each exchange by the kernels, there and back, the numbers of the pairs that it left.
         self.left: list[list[int]] = []
@@ -198,7 +238,10 @@ class Average:
         self.wide = wide
 
     def begin(self, params: list[Tensor]) -> None:
-        """Before the step: one that starts late starts as it is now."""
+        """Before the step: check, and one that starts late starts as it is now."""
+        for param in params:
+            if (average := self.optimizer.state.get(param, {}).get("ema")) is not None:
+                _check(param, average)
         self.before = {
             param: self._copy(param)
             for param in params
