@@ -33,9 +33,7 @@ class Snapshot:
                 else own
                 for p, own in self.optimizer.state.items()
             },
-            "groups": [
-                {k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups
-            ],
+            "groups": options(self.optimizer),
         }
 
     def assert_unchanged(self) -> None:
@@ -58,6 +56,45 @@ class Snapshot:
                     assert new[name][:2] == (which, counter), f"{name} was replaced or written"
                     if isinstance(value, Tensor):
                         assert_equal(new[name][2], value)
+
+
+def options(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Return the options of each group, and of the optimizer, with the number of its averages."""
+    own = vars(optimizer)
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    return [*groups, dict(own.get("_extras", {})), int(own.get("_ema_steps", 0))]
+
+
+def contents(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Return copies of all that a step may change, which ``same`` compares with another's."""
+
+    def copied(value: Any) -> Any:
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+    params = all_params(optimizer)
+    return [
+        [len(group["params"]) for group in optimizer.param_groups],
+        [copied(p) for p in params],
+        [copied(p.grad) for p in params],
+        [
+            {k: copied(v) for k, v in optimizer.state[p].items()}
+            for p in params
+            if p in optimizer.state
+        ],
+        [p in optimizer.state for p in params],
+        options(optimizer),
+    ]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two contents are equal, to the last bit."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return list(one) == list(other) and same([*one.values()], [*other.values()])
+    return type(one) is type(other) and bool(one == other)
 
 
 def version(tensor: Any) -> int | None:
