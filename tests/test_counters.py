@@ -146,6 +146,14 @@ def zero(step: Tensor) -> Any:
     return torch.zeros_like(step)
 
 
+def no_number(step: Tensor) -> Any:
+    return step * float("nan")
+
+
+def infinite(step: Tensor) -> Any:
+    return step * float("inf")
+
+
 FORMS: list[Callable[[Tensor], Any]] = [
     an_integer_tensor,
     another_float,
@@ -158,6 +166,8 @@ FORMS: list[Callable[[Tensor], Any]] = [
     fractional,
     negative,
     zero,
+    no_number,
+    infinite,
 ]
 
 

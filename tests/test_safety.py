@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,18 @@ def grad_of_more_dimensions(optimizer: Any, p: Tensor) -> None:
 
 def grad_larger_than_a_scalar(optimizer: Any, p: Tensor) -> None:
     p.data = torch.randn(())
+
+
+def grad_of_other_data(optimizer: Any, p: Tensor) -> None:
+    p.grad.data = torch.randn(2, 7)
+
+
+def grad_set_elsewhere(optimizer: Any, p: Tensor) -> None:
+    p.grad.set_(torch.randn(3))
+
+
+def grad_resized(optimizer: Any, p: Tensor) -> None:
+    p.grad.resize_(4, 7)
 
 
 def inference_parameter(optimizer: Any, p: Tensor) -> None:
@@ -455,6 +468,72 @@ def test_two_threads_step_two_optimizers(row: Row) -> None:
         work(optimizer, g)
         for p, q in zip(all_params(t.ours), all_params(optimizer), strict=True):
             assert_equal(p.detach(), q.detach())
+
+
+@pytest.mark.parametrize("n", [17, 1000])
+def test_two_threads_step_one_optimizer(row: Row, n: int) -> None:
+    """Steps that keep the GIL take turns, once the states are there: no step is lost or torn."""
+    steps, optimizers = 200, []
+    for _ in range(2):
+        optimizer = row.ours(parameters((n,), (33, 17), (5,), (0,))(), **row.rich)
+        torch.manual_seed(0)
+        for p in all_params(optimizer):
+            p.data = torch.randn_like(p)
+            p.grad = random_grad(p)
+        optimizer.step()
+        optimizers.append(optimizer)
+    together, alone = optimizers
+    start, errors = threading.Barrier(2), []
+
+    def work() -> None:
+        try:
+            start.wait()
+            for _ in range(steps):
+                together.step()
+        except BaseException as error:  # noqa: BLE001
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+            assert not thread.is_alive()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors, errors
+    for _ in range(2 * steps):
+        alone.step()
+    for p, q in zip(all_params(together), all_params(alone), strict=True):
+        assert_equal(p.detach(), q.detach())
+        assert_equal(together.state[p], alone.state[q])
+
+
+@pytest.mark.xfail(strict=True, reason="csrc aborts where the interpreter takes the GIL away")
+@pytest.mark.parametrize("act", ["step", "zero_grad"])
+def test_the_interpreter_ends_during_a_step(act: str) -> None:
+    """A daemon's thread, which then wants the GIL back, does not keep the process from ending."""
+    isolated.run(
+        f"""
+        import threading, time
+        import torch, fastsgd
+        p = torch.nn.Parameter(torch.ones(5_000_000))
+        p.grad = torch.ones_like(p)
+        optimizer = fastsgd.AdamW([p], max_grad_norm=1.0, ema_decay=0.9)
+        optimizer.step()
+        begun = threading.Event()
+        def work():
+            while True:
+                begun.set()
+                optimizer.{act}({"set_to_none=False" if act == "zero_grad" else ""})
+        threading.Thread(target=work, daemon=True).start()
+        begun.wait()
+        time.sleep(0.05)
+        """
+    )
 
 
 def test_python_runs_during_a_long_step(row: Row) -> None:
