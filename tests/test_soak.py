@@ -6,6 +6,7 @@ import copy
 import ctypes
 import gc
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,10 @@ def resident() -> int | None:
 
 
 def objects() -> tuple[int, int]:
-    """Return how many objects Python's collector knows, and how many of them are tensors."""
+    """Return how many blocks of memory Python's objects have, and how many tensors there are."""
     gc.collect()
-    known = gc.get_objects()
-    return len(known), sum(type(known_one) in (torch.Tensor, nn.Parameter) for known_one in known)
+    tensors = sum(type(known) in (torch.Tensor, nn.Parameter) for known in gc.get_objects())
+    return sys.getallocatedblocks(), tensors
 
 
 def assert_flat(index: int, count: int, *, in_time: bool = False) -> None:
@@ -119,8 +120,8 @@ def assert_flat(index: int, count: int, *, in_time: bool = False) -> None:
         counted, used, held = objects(), heap(), resident()
         took = blocks(loop, count)
         more = [now - before for now, before in zip(objects(), counted, strict=True)]
-        assert more[1] == 0 and more[0] < 50, f"objects and tensors more than before: {more}"
         steps = count * BLOCK
+        assert more[0] < steps / 4 and more[1] == 0, f"blocks, tensors more than before: {more}"
         if used is not None:
             grown = heap() - used
             assert grown < 4 * steps + 2**14, f"{grown} bytes of heap in {steps} steps"
