@@ -153,6 +153,7 @@ class Float64Step:
     def __init__(self, stock: type, optimizer: torch.optim.Optimizer) -> None:
         """Copy everything, and let stock step in float64."""
         self.stock, self.optimizer = stock, optimizer
+        self.others: set[Tensor] = set()  # parameters that are stepped in another way
         self.defaults = copy.deepcopy(optimizer.defaults)
         self.groups = []
         self.inputs = []
@@ -216,6 +217,8 @@ class Float64Step:
         self, exact: torch.optim.Optimizer, twins: list[Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         for (p, _), q in zip(self.inputs, twins, strict=True):
+            if p in self.others:
+                continue
             if p.dtype in HALVES:
                 yield p.detach(), q.detach()
             for key, value in self.optimizer.state.get(p, {}).items():
