@@ -40,6 +40,7 @@ inline constexpr int kAverage = kKernels;  // the first stream is an average, of
 inline constexpr int kScale = kAverage + kStorages;   // the first stream is multiplied
 inline constexpr int kExchange = kScale + kStorages;  // the first two change places
 inline constexpr int kAllKernels = kExchange + kStorages;
+constexpr bool is_exchange(int kernel) { return kernel >= kExchange && kernel < kAllKernels; }
 constexpr bool is_step(int kernel) { return kernel >= 0 && kernel < kKernels; }
 constexpr bool has_grads(int kernel) {
   return is_step(kernel) || (kernel >= kScale && kernel < kExchange);

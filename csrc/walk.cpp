@@ -87,6 +87,7 @@ bool Walker::plan_all(PyObject* groups, PyObject* state) {
     in_graphs_.clear();
     has_shards_ = false;
     walks_again_ = false;
+    looks_before_clearing_ = clears_in_pass_;
     average_row_ = -1;
     strangers_.begin_walk();
     options_.begin();

@@ -102,7 +102,7 @@ class Walker {
   void bring_count(Averaged& averaged, cuda::DeviceWork& there, Known known);
   void end_average(PyObject* attributes, Averaged& averaged);
   void clear(PyObject* groups, bool stepped);
-  [[gnu::noinline]] void look_before_clearing(const at::Tensor& grad,
+  [[gnu::noinline]] bool look_before_clearing(const at::Tensor& grad,
                                               const c10::TensorImpl& memory);
   [[gnu::noinline]] bool plan_average(Place place, PyObject* param);
 
@@ -181,7 +181,8 @@ class Walker {
   double factor_ = 1, decay_ = 0;   // theirs, once they are known
   bool starts_ = false;             // averages begin with this step
   bool clears_in_pass_ = false;     // the kernels set the gradients to zero
-  bool walks_again_ = false;        // as that has turned out to be wrong
+  bool looks_before_clearing_ = false;
+  bool walks_again_ = false;  // as that has turned out to be wrong
   std::int32_t average_row_ = -1;
   bool has_shards_ = false;            // some parameters of this walk are distributed
   std::vector<at::Tensor> in_graphs_;  // gradients to detach once they are zero

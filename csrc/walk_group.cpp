@@ -106,8 +106,8 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
     subject.tensor[kParam] = tensor;
     subject.tensor[kGrad] = grad_tensor;
   }
-  if (clears_in_pass_) [[unlikely]]
-    look_before_clearing(*grad, *subject.tensor[kGrad]);
+  if (looks_before_clearing_ && !look_before_clearing(*grad, *subject.tensor[kGrad])) [[unlikely]]
+    return true;
   if constexpr (kStates + kCounts > 0) {
     const int structure = group.structure;
     c10::TensorImpl** states = subject.tensor + kState;
@@ -154,16 +154,18 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
 
 // Whether there is more to clearing a gradient than zeros: one in a graph is detached from it
 // afterwards, and one whose elements share memory is zeroed afterwards, as it is still read when
-// the first of them have been stepped.
-void Walker::look_before_clearing(const at::Tensor& grad, const c10::TensorImpl& memory) {
+// the first of them have been stepped. False, from the first such on, where this walk comes to
+// nothing.
+bool Walker::look_before_clearing(const at::Tensor& grad, const c10::TensorImpl& memory) {
   if (grad.requires_grad()) in_graphs_.push_back(grad);
-  if (!memory.has_storage()) return;  // sparse: its elements are of its own
+  if (!memory.has_storage()) return !walks_again_;  // sparse: its elements are of its own
   const at::IntArrayRef strides = memory.strides();
   for (std::size_t d = 0; d < strides.size(); ++d) {
     if (strides[d] != 0 || memory.sizes()[d] <= 1) continue;
     clears_in_pass_ = false;
     walks_again_ = true;
   }
+  return !walks_again_;
 }
 
 // One that is not stepped, as it has no gradient, but may have an average.

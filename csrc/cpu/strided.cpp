@@ -121,6 +121,7 @@ void execute_tiles(Kernel kernel, const Span& span, const Run& run, const Row& r
   alignas(64) char tile[kMaxStreams][kTile * sizeof(double)];
   bool flat[kMaxStreams];
   for (int s = 0; s < span.streams; ++s) flat[s] = layout.flat(s);
+  const bool writes_second = is_exchange(span.kernel) || around.writes_grad();
   for (std::int64_t count; begin < end; begin += count) {
     count = std::min(end - begin, std::int64_t{kTile});
     const Position position(layout, begin);
@@ -133,7 +134,7 @@ void execute_tiles(Kernel kernel, const Span& span, const Run& run, const Row& r
     }
     kernel(row, around, &part, 1);
     for (int s = 0; s < span.streams; ++s) {
-      if (flat[s] || (s == kGrad && !around.writes_grad())) continue;
+      if (flat[s] || (s == kGrad && !writes_second)) continue;
       copy_rows<Way::kFromTile>(layout, s, position, run.stream[s], tile[s], count,
                                 span.size_of(s));
     }
