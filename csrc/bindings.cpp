@@ -6,6 +6,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <memory>
+#include <new>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -53,6 +54,14 @@ PyTypeObject* holder_type() {
   return reinterpret_cast<PyTypeObject*>(type);
 }
 
+// Whether an object has an attribute. Throws what asking raises but for its absence.
+bool has_attribute(PyObject* object, const char* name) {
+  const Ref found = Ref::steal(PyObject_GetAttrString(object, name));
+  if (!found && !PyErr_ExceptionMatches(PyExc_AttributeError)) throw python_error();
+  PyErr_Clear();
+  return static_cast<bool>(found);
+}
+
 std::unique_ptr<Walker> new_walker(PyObject* optimizer) {
   const Ref name = Ref::steal(checked(PyObject_GetAttrString(optimizer, "_rule")));
   const char* text = PyUnicode_AsUTF8(name.get());
@@ -62,7 +71,7 @@ std::unique_ptr<Walker> new_walker(PyObject* optimizer) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(optimizer));
   bool foreign = false;
   for (const char* own : {"param_groups", "state", "defaults"}) {
-    foreign |= PyObject_HasAttrString(type, own) != 0;
+    foreign |= has_attribute(type, own);
   }
   return std::make_unique<Walker>(rule, foreign);
 }
@@ -98,37 +107,50 @@ class Borrowed {
   Walker* walker_ = nullptr;
 };
 
-PyObject* step(PyObject*, PyObject* optimizer) {
+// Calls with memory that has run out as Python's MemoryError; torch would make a RuntimeError of it
+// that says std::bad_alloc.
+template <class Call>
+PyObject* with_memory_errors(Call call) {
   HANDLE_TH_ERRORS
-  const Borrowed walker(optimizer);
-  return PyBool_FromLong(walker->unobserved(optimizer) && walker->step(optimizer));
+  try {
+    return call();
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  }
   END_HANDLE_TH_ERRORS
+}
+
+PyObject* step(PyObject*, PyObject* optimizer) {
+  return with_memory_errors([&] {
+    const Borrowed walker(optimizer);
+    return PyBool_FromLong(walker->unobserved(optimizer) && walker->step(optimizer));
+  });
 }
 
 PyObject* step_or_route(PyObject*, PyObject* optimizer) {
-  HANDLE_TH_ERRORS
-  const Borrowed walker(optimizer);
-  if (walker->step(optimizer)) Py_RETURN_NONE;
-  return py::cast(walker->routes()).release().ptr();
-  END_HANDLE_TH_ERRORS
+  return with_memory_errors([&]() -> PyObject* {
+    const Borrowed walker(optimizer);
+    if (walker->step(optimizer)) Py_RETURN_NONE;
+    return py::cast(walker->routes()).release().ptr();
+  });
 }
 
 PyObject* zero_grad(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 3, "zero_grad takes an optimizer and two bools");
-  const int set_to_none = PyObject_IsTrue(arguments[1]), observed = PyObject_IsTrue(arguments[2]);
-  if (set_to_none < 0 || observed < 0) throw python_error();
-  if (!observed && at::hasCallbacks()) Py_RETURN_NONE;
-  const Borrowed walker(arguments[0]);
-  std::vector<Ref> others;
-  if (!walker->zero_grad(arguments[0], set_to_none != 0, others)) Py_RETURN_NOTIMPLEMENTED;
-  const Ref list = Ref::steal(checked(PyList_New(0)));
-  for (const Ref& other : others) {
-    if (PyList_Append(list.get(), other.get()) != 0) throw python_error();
-  }
-  Py_INCREF(list.get());
-  return list.get();
-  END_HANDLE_TH_ERRORS
+  return with_memory_errors([&]() -> PyObject* {
+    TORCH_CHECK_TYPE(count == 3, "zero_grad takes an optimizer and two bools");
+    const int set_to_none = PyObject_IsTrue(arguments[1]), observed = PyObject_IsTrue(arguments[2]);
+    if (set_to_none < 0 || observed < 0) throw python_error();
+    if (!observed && at::hasCallbacks()) Py_RETURN_NONE;
+    const Ref list = Ref::steal(checked(PyList_New(0)));
+    const Borrowed walker(arguments[0]);
+    std::vector<Ref> others;
+    if (!walker->zero_grad(arguments[0], set_to_none != 0, others)) Py_RETURN_NOTIMPLEMENTED;
+    for (const Ref& other : others) {
+      if (PyList_Append(list.get(), other.get()) != 0) throw python_error();
+    }
+    Py_INCREF(list.get());
+    return list.get();
+  });
 }
 
 // Of one optimizer: what its last steps found.

@@ -5,6 +5,8 @@
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/neg.h>
 #include <Python.h>
+#include <cxxabi.h>
+#include <unistd.h>
 
 #include <algorithm>
 
@@ -18,7 +20,14 @@ class WithoutGil {
  public:
   explicit WithoutGil(bool release) : state_(release ? PyEval_SaveThread() : nullptr) {}
   ~WithoutGil() {
-    if (state_ != nullptr) PyEval_RestoreThread(state_);
+    if (state_ == nullptr) return;
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (abi::__forced_unwind&) {
+      // The interpreter has ended, and before Python 3.14 it unwinds a thread that wants it back.
+      // What is further up would let go of objects without the GIL: this thread goes no further.
+      for (;;) pause();
+    }
   }
   WithoutGil(const WithoutGil&) = delete;
   WithoutGil& operator=(const WithoutGil&) = delete;
@@ -82,9 +91,9 @@ std::int32_t Plan::add_row(const Row& row) {
 
 void Plan::grow() {
   const std::size_t runs = 2 * runs_.size() + 8;
-  runs_.resize(runs);
   holders_.resize((runs + kAhead) * kMaxStreams);
   owners_.resize((runs + kAhead + 1) * kMaxStreams);
+  runs_.resize(runs);  // last: reserve() goes by its size, and the others may fail
 }
 
 bool Plan::add_unusual(const Update& update, Place place, const Subject& subject, Owners owners) {
@@ -318,6 +327,13 @@ void Plan::retain(c10::StorageImpl* storage) {
   storages_.push_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage));
 }
 
+bool Plan::is_long() const { return bytes_ >= kWorthTheGil; }
+
+void Plan::retain_memory() {
+  if (!is_long() || !storages_.empty()) return;
+  for (std::size_t i = 0; i < holders_used_; ++i) retain(holders_[i].storage);
+}
+
 void Plan::release() {
   retaining_ = false;
   tensors_.clear();
@@ -334,9 +350,8 @@ void Plan::bump_versions() const {
 
 Measured Plan::measure(Order order) {
   end_spans();
-  const bool without_gil = bytes_ >= kWorthTheGil;
-  if (without_gil) retain();
-  const WithoutGil guard(without_gil);
+  if (is_long()) retain();
+  const WithoutGil guard(is_long());
   return fastsgd::measure(spans_, runs_.data(), order);
 }
 
@@ -354,15 +369,12 @@ bool Plan::any_double() {
 
 void Plan::run(const Around& around, bool needs_order) {
   end_spans();
+  const bool in_order = needs_order && ordered();
+  retain_memory();
   bump_versions();
   counters_.advance();
-  const bool in_order = needs_order && ordered();
-  const bool without_gil = bytes_ >= kWorthTheGil;
-  if (without_gil && !retaining_) {  // kernels know nothing but their memory
-    for (std::size_t i = 0; i < holders_used_; ++i) retain(holders_[i].storage);
-  }
   {
-    const WithoutGil guard(without_gil);
+    const WithoutGil guard(is_long());
     execute(spans_, runs_.data(), rows_.data(), around, bytes_, in_order);
   }
   release();

@@ -83,7 +83,11 @@ class Plan {
   // code may run meanwhile.
   void retain();
 
-  // Lets go of what retain() keeps.
+  // The same of the memory alone, which is all that kernels know, and only where the GIL will be
+  // given up. Nothing that may fail is left to run() then.
+  void retain_memory();
+
+  // Lets go of what these keep.
   void release();
 
   // What there is to do, for an engine that does it.
@@ -138,6 +142,7 @@ class Plan {
   }
   void end_spans();
   void grow();
+  inline bool is_long() const;
   void retain(std::size_t holders, std::size_t owners);
   void retain(c10::TensorImpl* tensor);
   void retain(c10::StorageImpl* storage);

@@ -37,6 +37,11 @@ bool is_dict_of_dicts(PyObject* object) {
              reinterpret_cast<PyObject*>(&PyDict_Type);
 }
 
+DictKey::DictKey(const char* name) : name_(Ref::steal(PyUnicode_InternFromString(name))) {
+  if (!name_) throw python_error();
+  hash_ = PyObject_Hash(name_.get());
+}
+
 PyObject* DictKey::needed_in(PyObject* dict) {
   PyObject* value = in(dict);
   if (value != nullptr) return value;

@@ -69,8 +69,7 @@ inline std::uint64_t version_of(PyObject* dict) {
 // say they equal.
 class DictKey {
  public:
-  explicit DictKey(const char* name)
-      : name_(Ref::steal(PyUnicode_InternFromString(name))), hash_(PyObject_Hash(name_.get())) {}
+  explicit DictKey(const char* name);
   PyObject* name() const { return name_.get(); }
 
   // The value, borrowed; null if there is none.

@@ -92,29 +92,36 @@ bool States::creates_twice() const {
   return std::adjacent_find(places.begin(), places.end()) != places.end();
 }
 
-void States::commit() {
-  for (std::size_t i = 0; i < creations_.size(); ++i) {
-    try {
-      store(creations_[i]);
-    } catch (python_error& error) {
-      error.persist();
-      for (std::size_t j = 0; j <= i; ++j) undo(creations_[j]);
-      error.restore();
-      throw;
-    } catch (...) {
-      for (std::size_t j = 0; j <= i; ++j) undo(creations_[j]);
-      throw;
-    }
+void States::commit(const std::function<void()>& last) {
+  const auto undo_all = [&] {
+    for (Creation& creation : creations_) undo(creation);
+  };
+  try {
+    for (Creation& creation : creations_) store(creation);
+    last();
+  } catch (python_error& error) {
+    error.persist();
+    undo_all();
+    error.restore();
+    throw;
+  } catch (...) {
+    PyErr_Clear();  // where torch can make no object of a tensor, it leaves Python's error too
+    undo_all();
+    throw;
   }
 }
 
-// Enters them in stock's order, in which a checkpoint then lists them.
+// Stock's order, in which a checkpoint then lists them.
+int States::value_at(const Creation& creation, int turn) const {
+  if (!rule_.counts) return turn;
+  return turn == 0 ? creation.structure->count : turn - 1;
+}
+
 void States::store(Creation& creation) {
   const bool enters = !creation.states;
   if (enters) creation.states = Ref::steal(checked(PyDict_New()));
-  const int count = creation.structure->count;
-  if (rule_.counts) store(creation, count);
-  for (int i = 0; i < count; ++i) store(creation, i);
+  const int count = value_count(*creation.structure);
+  for (int turn = 0; turn < count; ++turn) store(creation, value_at(creation, turn));
   if (!enters) return;
   creation.entered = true;
   if (PyDict_SetItem(state_, creation.param.get(), creation.states.get()) != 0) {
@@ -123,19 +130,21 @@ void States::store(Creation& creation) {
 }
 
 void States::store(Creation& creation, int value) {
-  if (!creation.value[value].defined()) return;
   DictKey& name = key(*creation.structure, value);
   creation.before[value] = Ref::borrow(name.in(creation.states.get()));
+  ++creation.stored;
+  if (!creation.value[value].defined()) return;
   const Ref object = Ref::steal(checked(THPVariable_Wrap(creation.value[value])));
   if (PyDict_SetItem(creation.states.get(), name.name(), object.get()) != 0) throw python_error();
 }
 
 void States::undo(Creation& creation) noexcept {
-  for (int i = 0; creation.states && i < value_count(*creation.structure); ++i) {
-    if (!creation.value[i].defined()) continue;
-    PyObject* name = key(*creation.structure, i).name();
-    if (creation.before[i]) {
-      PyDict_SetItem(creation.states.get(), name, creation.before[i].get());
+  for (int turn = 0; turn < creation.stored; ++turn) {
+    const int value = value_at(creation, turn);
+    if (!creation.value[value].defined()) continue;
+    PyObject* name = key(*creation.structure, value).name();
+    if (creation.before[value]) {
+      PyDict_SetItem(creation.states.get(), name, creation.before[value].get());
     } else {
       PyDict_DelItem(creation.states.get(), name);
     }

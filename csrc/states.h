@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "pydict.h"
@@ -30,6 +31,7 @@ struct Creation {
   const Structure* structure = nullptr;
   at::Tensor value[kMaxStates + 1];
   bool entered = false;        // into the optimizer's state, by this step
+  int stored = 0;              // how many of the values, in the order of entering them
   Ref before[kMaxStates + 1];  // what an existing dict held under the state's name
 };
 
@@ -85,8 +87,9 @@ class States {
   // Whether one place is to get states twice. Their memory does not tell where it has no elements.
   bool creates_twice() const;
 
-  // Enters what is created. If that raises, it is as if nothing had been entered.
-  void commit();
+  // Enters what is created, and then does what comes `last`. If either raises, it is as if nothing
+  // had been entered.
+  void commit(const std::function<void()>& last);
 
  private:
   int value_count(const Structure& structure) const { return structure.count + rule_.counts; }
@@ -97,6 +100,7 @@ class States {
   }
   void store(Creation& creation);
   void store(Creation& creation, int value);
+  int value_at(const Creation& creation, int turn) const;
   void undo(Creation& creation) noexcept;
 
   const Rule& rule_;

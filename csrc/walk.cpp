@@ -192,11 +192,16 @@ void Walker::take_step(PyObject* attributes, Averaged& averaged) {
   for (cuda::DeviceWork* work : works_) {
     work->prepare(scaling_, around, measuring_, counted_there);
   }
+  plan_.retain_memory();
+  const auto last = [&] {
+    if (extras_->averages) end_average(attributes, averaged);
+  };
   if (states_.creates()) {
     retain();  // storing into a dict may run Python code
-    states_.commit();
+    states_.commit(last);
+  } else {
+    last();
   }
-  if (extras_->averages) end_average(attributes, averaged);
   plan_.run(around, true);
   for (cuda::DeviceWork* work : works_) work->launch();
 }

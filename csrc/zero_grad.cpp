@@ -40,7 +40,7 @@ bool Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& 
 }
 
 bool Walker::reset(PyObject* groups, bool set_to_none, std::vector<Ref>& others) {
-  zero_plan_.begin();
+  if (!set_to_none) zero_plan_.begin();
   for (const auto& work : zero_devices_.all()) work->begin();
   cpu_keys_ = cuda::emulated() ? 0 : plain().keys;
   const bool directly = !any_mode();
@@ -77,6 +77,7 @@ bool Walker::reset(PyObject* groups, bool set_to_none, std::vector<Ref>& others)
       }
     }
   }
+  if (set_to_none) return true;
   const std::vector<cuda::DeviceWork*> works = zero_devices_.needed();
   for (cuda::DeviceWork* work : works) work->prepare();
   zero_plan_.run({}, false);

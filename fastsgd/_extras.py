@@ -132,6 +132,14 @@ def refuse_parts(extras: Values, params: list[Any]) -> None:
 
 
 MEASURING = ("max_grad_norm", "skip_nonfinite", "error_if_nonfinite")
+ACTING = (*MEASURING, "clip_grad_value", "ema_decay", "clear_grads")
+
+
+def any_asked(optimizer: Optimizer) -> bool:
+    """Whether anything is done around the rule; `norm_type` and `ema_dtype` alone do nothing."""
+    extras: Values = optimizer.__dict__.get("_extras", {})
+    return any(extras.get(name) is not None and extras[name] is not False for name in ACTING)
+
 
 # What the docstring of every optimizer ends with.
 DOC = """

@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
 from fastsgd import _C
 from fastsgd._averages import WithAverages
-from fastsgd._extras import DOC, WithExtras, signature_with_extras, unwrapped
+from fastsgd._extras import DOC, WithExtras, any_asked, signature_with_extras, unwrapped
 from fastsgd._stock import Step, step_as_stock, step_in_parts
 from fastsgd._stock_extras import step_with_extras
 
@@ -108,7 +108,7 @@ def _make_step(stock_step: Step) -> Step:
         routes = _C.step_or_route(self)
         if routes is not None:
             in_torch = functools.partial(step_as_stock, stock_step=stock_step)
-            if "_extras" in self.__dict__:
+            if any_asked(self):
                 step_with_extras(self, in_torch, routes)
                 if self.clear_grads:
                     FusedStep.zero_grad(self, set_to_none=self.clear_grads is True)

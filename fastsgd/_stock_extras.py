@@ -85,8 +85,8 @@ def _treated(
     """Return what puts copies that are unscaled and clipped in the gradients' place."""
 
     def treated(values: Tensor) -> Tensor:
-        if scale is not None:
-            values = values / scale.to(values.device)
+        if scale is not None:  # one without dimensions would take the scale's dtype
+            values = (values / scale.to(values.device)).to(values.dtype)
         if factor != 1:
             values = values * factor
         return values if bound is None else values.clamp(-bound, bound)

@@ -246,3 +246,21 @@ def test_all_at_once(row: Row, how: Any, decay: Any, norm_type: float) -> None:
         assert_cleared(twins, how, held)
     assert twins.ours.skipped_steps == 4 and len(norms) > 20
     assert twins.ours.state_dict()["param_groups"][0]["ema_steps"] == 26
+
+
+def test_expanded_grads_anywhere(row: Row) -> None:
+    """First in a group or last, alone or not: they are zeroed when the step is done."""
+    for expanded in ((0,), (3,), (1, 3), (2, 4)):
+        sides = []
+        for cls in (row.ours, row.stock):
+            torch.manual_seed(1)
+            params = parameters(*[(33,)] * 5)()
+            groups = [{"params": params[:3]}, {"params": params[3:]}]
+            extras = {"clear_grads": "zero"} if cls is row.ours else {"foreach": False}
+            sides.append(cls(groups, **row.rich, **extras))
+            for i, p in enumerate(params):
+                p.grad = random_grad(p)[:1].expand(33) if i in expanded else random_grad(p)
+            sides[-1].step()
+        for p, q in zip(*map(all_params, sides), strict=True):
+            torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-6, atol=1e-7)
+            assert not p.grad.any()

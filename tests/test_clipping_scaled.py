@@ -10,7 +10,10 @@ from cases import DTYPES, EXACT, HALVES, TAKE_FUSED, Row, flagged, label
 from onepass import INF, ClippedStep, assert_norm, coefficient, copies, with_extras
 from oracle import all_params, assert_equal
 from test_clipping import CLIPS, SHAPES
+from torch.nn import Parameter
 from twins import Twins, parameters, random_grad
+
+import fastsgd
 
 
 @pytest.mark.parametrize("unscale", [False, True])
@@ -65,3 +68,24 @@ def test_scaler_without_extras(row: Row) -> None:
         p.grad = grad * 64
         scaler.step(optimizer)
         assert_equal(p.grad, grad)
+
+
+@pytest.mark.parametrize("shape", [(), (257,)])
+@pytest.mark.parametrize("extras", [{"max_grad_norm": 1e6}, {"ema_dtype": torch.float32}], ids=str)
+def test_torchs_part(shape: tuple[int, ...], extras: dict[str, Any]) -> None:
+    """A state of another dtype is stepped by torch's code, and unscaled as in the kernels."""
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+    values, buffer = torch.randn(shape).half(), torch.randn(shape)
+    grad = random_grad(values)
+    ours, stock = Parameter(values.clone()), Parameter(values.clone())
+    optimizer = fastsgd.SGD([ours], **options, fused=True, **extras)
+    twin = torch.optim.SGD([stock], **options, foreach=False)
+    for p, o in ((ours, optimizer), (stock, twin)):
+        o.state[p]["momentum_buffer"] = buffer.clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale(torch.ones(()))
+    ours.grad, stock.grad = grad * 64, grad.clone()
+    scaler.step(optimizer)
+    twin.step()
+    assert_equal(ours.detach(), stock.detach())
+    assert_equal(ours.grad, grad if "ema_dtype" in extras else grad * 64)

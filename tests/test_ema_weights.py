@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Row
+from cases import DTYPES, Row
 from onepass import all_dtypes, copies
 from oracle import all_params, assert_equal
 from snapshot import Snapshot
 from test_averages import BUILD, all_of, run
+from torch.nn import Parameter
 from twins import parameters, random_grad
 
 
@@ -96,3 +97,22 @@ def test_refused_in_the_block(row: Row, act: str) -> None:
     assert len(optimizer.param_groups) == groups
     ACTS[act](optimizer)
     run(optimizer, None, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_laid_out_otherwise(row: Row, dtype: torch.dtype) -> None:
+    """A parameter that came to lie otherwise than its average, in rows too short for themselves."""
+    p = Parameter(torch.randn(8, 3, 5, 5).to(dtype))
+    optimizer = row.ours([p], **row.rich, ema_decay=0.5)
+    for step in range(2):
+        p.grad = random_grad(p)
+        optimizer.step()
+        if not step:
+            p.data = p.data.to(memory_format=torch.channels_last)
+    was, average = p.detach().clone(), optimizer.state[p]["ema"].clone()
+    assert average.stride() != p.stride()
+    with optimizer.ema_weights():
+        assert_equal(p.detach(), average)
+        assert_equal(optimizer.state[p]["ema"], was)
+    assert_equal(p.detach(), was)
+    assert_equal(optimizer.state[p]["ema"], average)

@@ -187,7 +187,6 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @two_rows
-@pytest.mark.xfail(strict=True, reason="csrc is not ready for an allocation that fails")
 def test_no_memory(row: Row, failing: dict[str, str]) -> None:
     """Each allocation fails in its turn: one sentence, nothing done, and the next time it is."""
     isolated.run(

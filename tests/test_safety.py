@@ -512,7 +512,6 @@ def test_two_threads_step_one_optimizer(row: Row, n: int) -> None:
         assert_equal(together.state[p], alone.state[q])
 
 
-@pytest.mark.xfail(strict=True, reason="csrc aborts where the interpreter takes the GIL away")
 @pytest.mark.parametrize("act", ["step", "zero_grad"])
 def test_the_interpreter_ends_during_a_step(act: str) -> None:
     """A daemon's thread, which then wants the GIL back, does not keep the process from ending."""
