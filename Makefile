@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) $(wildcard build_support/*.py) setup.py pyproject.toml
 
-.PHONY: demo test test-slow bench gpu-check lint format clean
+.PHONY: demo test test-slow nightly soak installs docs bench gpu-check lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -18,6 +18,22 @@ test: $(VENV)/built
 # What takes minutes or gigabytes: installs into fresh environments, huge tensors.
 test-slow: $(VENV)/built
 	$(BIN)/python -m pytest -m slow
+
+# --- the proof: CONTRIBUTING.md says what each shows -----------------------------------------------
+
+# Random lives of the optimizers, new ones at each run: so many of each, of 50 acts.
+LIVES ?= 300
+nightly: $(VENV)/built
+	FASTSGD_LIVES=$(LIVES) $(BIN)/python -m pytest tests/test_histories.py -s
+
+soak: $(VENV)/built
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_soak.py
+
+installs: $(VENV)/built
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_install.py
+
+docs: $(VENV)/built
+	$(BIN)/python -m sphinx -W --keep-going -n -b html docs build/docs
 
 bench: $(VENV)/built
 	$(BIN)/python -m fastsgd bench
@@ -41,7 +57,7 @@ format: $(VENV)/built
 # The torch just installed is the one to build against, and what to build with is there too:
 # isolation would only fetch it again at each build.
 $(VENV)/built: $(VENV)/$(TORCH) $(SOURCES)
-	$(BIN)/pip install --no-build-isolation -e ".[demo,bench,test,dev]"
+	$(BIN)/pip install --no-build-isolation -e ".[demo,bench,test,examples,docs,dev]"
 	@touch $@
 
 # Named after the release, so that another TORCH is another target.

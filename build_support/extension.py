@@ -20,6 +20,7 @@ from torch.utils import cpp_extension
 
 from build_support import cuda
 from build_support.compilers import first_error
+from build_support.variants import VARIANTS, linked, variant
 
 KERNELS = "csrc/cpu/kernels.cpp"
 
@@ -63,7 +64,8 @@ def extension() -> Extension:
         "fastsgd._C",
         sorted({*glob("csrc/**/*.cpp", recursive=True)} - {KERNELS}),
         define_macros=list(MACROS),
-        extra_compile_args=[*FLAGS, *torch_headers],
+        extra_compile_args=[*FLAGS, *VARIANTS[variant()], *torch_headers],
+        extra_link_args=linked(VARIANTS[variant()]),
     )
     ext.include_dirs = [os.path.abspath("csrc")]
     return ext
@@ -77,10 +79,11 @@ class BuildExtension(cpp_extension.BuildExtension):
     """
 
     def finalize_options(self) -> None:
-        """Keep objects between builds, those of one torch apart from those of another."""
+        """Keep objects between builds, those of another torch or variant apart."""
         super().finalize_options()
         self.force = True
-        folder = f"{sysconfig.get_config_var('SOABI')}-torch-{torch.__version__}"
+        parts = [sysconfig.get_config_var("SOABI"), "torch", torch.__version__, variant()]
+        folder = "-".join(filter(None, parts))
         self.build_temp = os.path.join("build", "objects", folder)
 
     def run(self) -> None:
@@ -113,7 +116,7 @@ class BuildExtension(cpp_extension.BuildExtension):
                 output_dir=os.path.join(self.build_temp, name),
                 macros=[*MACROS, ("FASTSGD_ISA", name)],
                 include_dirs=[os.path.abspath("csrc")],
-                extra_postargs=[*FLAGS, *flags],
+                extra_postargs=[*FLAGS, *VARIANTS[variant()], *flags],
             )
         if self.toolkit is not None:
             self.add_cuda(ext, self.toolkit)

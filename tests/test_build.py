@@ -20,7 +20,7 @@ if not (ROOT / "setup.py").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from build_support import cuda  # noqa: E402
+from build_support import cuda, variants  # noqa: E402
 
 # An nvcc that answers as one does, and compiles nothing.
 NVCC = """#!/bin/sh
@@ -204,6 +204,18 @@ def test_the_nvcc_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         raise
     assert toolkit.release == release and toolkit.architectures == ["sm_90"]
     assert (Path(toolkit.include) / "cuda_runtime_api.h").exists()
+
+
+def test_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build has the flags of the variant that is named; there are no others."""
+    monkeypatch.setenv("FASTSGD_BUILD", "sanitize")
+    flags = variants.VARIANTS[variants.variant()]
+    assert variants.linked(flags) == ["-fsanitize=address,undefined"]
+    monkeypatch.delenv("FASTSGD_BUILD")
+    assert variants.VARIANTS[variants.variant()] == []
+    monkeypatch.setenv("FASTSGD_BUILD", "fast")
+    with pytest.raises(CompileError, match="FASTSGD_BUILD is 'fast': it is one of strict, sani"):
+        variants.variant()
 
 
 # What a user hears of it, at the first step of parameters on a device.

@@ -1,0 +1,35 @@
+"""Builds for those who test fastsgd; ``FASTSGD_BUILD`` names one. Unset, it is what users get."""
+
+import os
+
+from setuptools.errors import CompileError
+
+VARIANTS = {
+    "": [],
+    "strict": ["-Werror"],
+    "sanitize": [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+        "-O1",
+        "-g1",
+    ],
+}
+
+
+def variant() -> str:
+    """Return its name.
+
+    Raises:
+        CompileError: There is none of that name.
+    """
+    name = os.environ.get("FASTSGD_BUILD", "").strip()
+    if name not in VARIANTS:
+        known = ", ".join(filter(None, VARIANTS))
+        raise CompileError(f"FASTSGD_BUILD is {name!r}: it is one of {known}, or unset.")
+    return name
+
+
+def linked(flags: list[str]) -> list[str]:
+    """Return those of a variant's flags that its linker takes too."""
+    return [flag for flag in flags if flag.startswith("-fsanitize=")]
