@@ -84,7 +84,8 @@ class BuildExtension(cpp_extension.BuildExtension):
         self.force = True
         parts = [sysconfig.get_config_var("SOABI"), "torch", torch.__version__, variant()]
         folder = "-".join(filter(None, parts))
-        self.build_temp = os.path.join("build", "objects", folder)
+        base = self.get_finalized_command("build").build_base
+        self.build_temp = os.path.join(base, "objects", folder)
 
     def run(self) -> None:
         """Compile, then write beside the extension what it was compiled with."""
@@ -120,10 +121,6 @@ class BuildExtension(cpp_extension.BuildExtension):
             )
         if self.toolkit is not None:
             self.add_cuda(ext, self.toolkit)
-        # For the compiler and not for the linker: torch's own runtime serves, not a second one.
-        # That is GCC's, and regions compiled by Clang call LLVM's: they stay on one thread.
-        if "clang" not in self.compiler_version:
-            ext.extra_compile_args.append("-fopenmp")
         super().build_extension(ext)
 
     def add_cuda(self, ext: Extension, toolkit: cuda.Toolkit) -> None:

@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "cpu/engine.h"
+#include "cpu/team.h"
 #include "cuda/devices.h"
 #include "cuda/emulation.h"
 #include "lists.h"

@@ -271,7 +271,8 @@ template <int kStates, bool kCounts>
 template <bool kCounts, int... kStates>
 void Walker::plan_params(Group& group, std::size_t& number, int states,
                          std::integer_sequence<int, kStates...>) {
-  ((states == kStates && (plan_params<kStates, kCounts>(group, number), true)) || ...);
+  static_cast<void>(
+      ((states == kStates && (plan_params<kStates, kCounts>(group, number), true)) || ...));
 }
 
 void Walker::plan_group(Group& group, std::size_t& number) {

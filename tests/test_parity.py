@@ -253,6 +253,26 @@ def test_thread_counts(row: Row, dtype: torch.dtype, threads: int) -> None:
             assert_equal(p, q)
 
 
+def test_a_team_at_work() -> None:
+    """The threads of torch's runtime are there after a long step, whatever compiled ours."""
+    isolated.run(
+        """
+        import os
+        import torch
+        import fastsgd
+
+        torch.set_num_threads(1)
+        p = torch.nn.Parameter(torch.zeros(12_000_000))
+        p.grad = torch.ones_like(p)
+        optimizer = fastsgd.SGD([p], lr=0.1)
+        torch.set_num_threads(3)
+        before = len(os.listdir("/proc/self/task"))
+        optimizer.step()
+        assert len(os.listdir("/proc/self/task")) == before + 2
+        """
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_numbers_that_are_not_finite(row: Row, dtype: torch.dtype) -> None:
     """Infinities, NaN, the largest, subnormal and negative zero grads do what they do in stock."""

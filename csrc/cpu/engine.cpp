@@ -1,41 +1,20 @@
 #include "cpu/engine.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
-#include <pthread.h>
-#include <sched.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <string>
 
 #include "cpu/kernels.h"
 #include "cpu/shares.h"
 #include "cpu/strided.h"
+#include "cpu/team.h"
 
 namespace fastsgd {
 namespace {
-
-// --- how many threads ---------------------------------------------------------------------------
-
-// The threads of a parallel region do not exist in a forked child, and waiting for them would hang.
-std::atomic<bool> forked{false};
-
-int available_cpus() {
-  static const int cpus = [] {
-    cpu_set_t set;
-    return sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
-  }();
-  return cpus;
-}
-
-// Below this many bytes a parallel region costs more than it saves.
-constexpr std::int64_t kWorthATeam = 4 << 20;
-
-// --- one worker's share -------------------------------------------------------------------------
 
 void zero(const Row&, const Around&, const Run* run, std::int64_t runs) {
   for (const Run* end = run + runs; run != end; ++run) {
@@ -61,13 +40,6 @@ void execute_part(const Span& span, const Run& run, const Row& row, const Around
 
 }  // namespace
 
-int team_for(std::int64_t bytes) {
-  const int team = threads();
-  // One larger than the machine pays context switches at its barrier, so it must have more to do.
-  const bool fits = team <= available_cpus();
-  return bytes < (fits ? kWorthATeam : 16 * kWorthATeam) ? 1 : team;
-}
-
 void execute(const std::vector<Span>& spans, const Run* runs, const Row* rows, const Around& around,
              std::int64_t bytes, bool ordered) {
   const int team = ordered ? 1 : team_for(bytes);
@@ -82,11 +54,10 @@ void execute(const std::vector<Span>& spans, const Run* runs, const Row* rows, c
     }
     return;
   }
-  at::parallel_for(0, team, 1, [&](std::int64_t begin, std::int64_t end) {
-    // A region may have fewer threads than were asked for: these are shares, not threads. A cut
-    // falls on a multiple of 64 elements, so that two workers do not write one cache line.
+  in_team(team, [&](int share) {
+    // A cut falls on a multiple of 64 elements, so that two workers do not write one cache line.
     visit_share(
-        spans, runs, bytes * begin / team, bytes * end / team, 64,
+        spans, runs, bytes * share / team, bytes * (share + 1) / team, 64,
         [](const Span& span) { return span.item_bytes(); },
         [&](const Span& span, const Run& run, std::int64_t first, std::int64_t last) {
           execute_part(span, run, rows[span.row], around, first, last);
@@ -106,18 +77,12 @@ const KernelTable& kernels() {
   return chosen;
 }
 
-void watch_forks() {
-  pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
-}
-
-int threads() { return forked.load(std::memory_order_relaxed) ? 1 : at::get_num_threads(); }
-
 void fill(void* memory, std::int64_t count, Storage type, double value) {
   const auto fill_with = [&](auto item) {
     auto* items = static_cast<decltype(item)*>(memory);
     const int team = team_for(count * static_cast<std::int64_t>(sizeof(item)));
-    at::parallel_for(0, team, 1, [&](std::int64_t begin, std::int64_t end) {
-      std::fill(items + count * begin / team, items + count * end / team, item);
+    in_team(team, [&](int share) {
+      std::fill(items + count * share / team, items + count * (share + 1) / team, item);
     });
   };
   switch (type) {

@@ -21,14 +21,6 @@ void measure_piece(Measured& measured, Order order, Storage type, const char* el
 // The kernels for the instruction set that torch uses here (ATEN_CPU_CAPABILITY included).
 const KernelTable& kernels();
 
-// How many threads a long step uses now: torch's number, and one in a forked child, where the
-// threads of the parent's parallel regions, torch's or ours, do not exist and waiting for them
-// would hang.
-int threads();
-
-// Lets threads() know of forks from now on. To be called once, before anything could fork.
-void watch_forks();
-
 // Sets new memory to a value; on several threads where it is long, as its pages are made then.
 void fill(void* memory, std::int64_t count, Storage type, double value);
 

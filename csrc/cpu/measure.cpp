@@ -1,11 +1,10 @@
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "cpu/engine.h"
 #include "cpu/shares.h"
 #include "cpu/strided.h"
+#include "cpu/team.h"
 #include "prefetch.h"
 
 namespace fastsgd {
@@ -77,17 +76,15 @@ Measured measure(const std::vector<Span>& spans, const Run* runs, Order order) {
     }
     return shares[0];
   }
-  at::parallel_for(0, team, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t share = begin; share < end; ++share) {
-      Measured measured{};  // of this thread alone, and so of its cache
-      visit_share(
-          spans, runs, bytes * share / team, bytes * (share + 1) / team, kPiece,
-          [](const Span& span) { return span.is_step() ? span.item_size : 0; },
-          [&](const Span& span, const Run& run, std::int64_t first, std::int64_t last) {
-            measure_run(measured, order, kernel_for(order, span.storage()), span, run, first, last);
-          });
-      shares[static_cast<std::size_t>(share)] = measured;
-    }
+  in_team(team, [&](int share) {
+    Measured measured{};  // of this thread alone, and so of its cache
+    visit_share(
+        spans, runs, bytes * share / team, bytes * (share + 1) / team, kPiece,
+        [](const Span& span) { return span.is_step() ? span.item_size : 0; },
+        [&](const Span& span, const Run& run, std::int64_t first, std::int64_t last) {
+          measure_run(measured, order, kernel_for(order, span.storage()), span, run, first, last);
+        });
+    shares[static_cast<std::size_t>(share)] = measured;
   });
   for (std::size_t i = 1; i < shares.size(); ++i) shares[0].add(shares[i]);
   return shares[0];

@@ -1,4 +1,4 @@
-// How work is shared among threads.
+// What the share of one of several workers is.
 #pragma once
 
 #include <algorithm>
@@ -8,9 +8,6 @@
 #include "work.h"
 
 namespace fastsgd {
-
-// How many workers should share work that moves so many bytes.
-int team_for(std::int64_t bytes);
 
 // The share of one worker. Of all bytes, in the order of the runs and by item_bytes(span), it is
 // those in [begin, end), cut at multiples of `grain` elements: visit(span, run, first, last) is
