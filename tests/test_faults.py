@@ -8,9 +8,7 @@ import dis
 import gc
 import itertools
 import random
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import isolated
+import preload
 import pytest
 import torch
 from cases import HUGE, OPTIMIZERS, Row
@@ -172,18 +171,8 @@ long not_failed(void) { return left; }
 @pytest.fixture(scope="module")
 def failing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a process whose allocations can be made to fail, Python's too."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler or not sys.platform.startswith("linux"):
-        pytest.skip("needs a C compiler and glibc, to have calls of malloc fail")
     folder = tmp_path_factory.mktemp("failing")
-    (folder / "failing.c").write_text(FAILING)
-    library = folder / "failing.so"
-    subprocess.run(
-        [compiler, "-O1", "-fno-builtin", "-shared", "-fPIC", "failing.c", "-o", str(library)],
-        cwd=folder,
-        check=True,
-    )
-    return {"LD_PRELOAD": str(library), "PYTHONMALLOC": "malloc"}
+    return {**preload.surroundings(FAILING, folder), "PYTHONMALLOC": "malloc"}
 
 
 @two_rows

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import isolated
+import preload
 import pytest
 import torch
 from cases import OPTIMIZERS, ORDINARY_SHAPES, Row
@@ -87,18 +86,9 @@ CHILD = """
 
 def test_a_warm_step_allocates_nothing(row: Row, tmp_path: Path) -> None:
     """Neither Python nor C++ asks the system for memory: malloc itself is counted."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler or not sys.platform.startswith("linux"):
-        pytest.skip("needs a C compiler and glibc, to count calls of malloc")
-    (tmp_path / "counter.c").write_text(COUNTER)
-    library = tmp_path / "counter.so"
-    subprocess.run(
-        [compiler, "-O1", "-fno-builtin", "-shared", "-fPIC", "counter.c", "-o", str(library)],
-        cwd=tmp_path,
-        check=True,
-    )
+    surroundings = preload.surroundings(COUNTER, tmp_path)
     code = CHILD.format(index=OPTIMIZERS.index(row))
-    assert isolated.run(code, env={"LD_PRELOAD": str(library)}).strip() == "done"
+    assert isolated.run(code, env=surroundings).strip() == "done"
 
 
 @pytest.mark.parametrize("options", ["plain", "rich"])
