@@ -22,14 +22,26 @@ ROOT = Path(__file__).parents[1]
 RELEASE = torch.__version__.partition("+")[0]
 CURE = "pip install --force-reinstall --no-deps --no-cache-dir"
 
+# Under whatever instruction set torch takes; stock takes its own path for the same numbers.
 STEP = """
 import torch, fastsgd
-p = torch.nn.Parameter(torch.ones(100))
-p.grad = torch.ones(100)
-fastsgd.SGD([p], lr=0.25).step()
-assert torch.equal(p, torch.full((100,), 0.75)), p
+torch.manual_seed(0)
+start, grad = torch.randn(1000), torch.randn(1000)
+ours, stock = (torch.nn.Parameter(start.clone()) for _ in range(2))
+optimizers = [
+    fastsgd.SGD([ours], lr=0.25, momentum=0.9, max_grad_norm=1e9),
+    torch.optim.SGD([stock], lr=0.25, momentum=0.9, foreach=False),
+]
+for _ in range(3):
+    for p, optimizer in zip((ours, stock), optimizers):
+        p.grad = grad.clone()
+        optimizer.step()
+assert torch.equal(ours, stock), ours - stock
 print("stepped with", fastsgd._C.instruction_set())
 """
+
+# ATEN_CPU_CAPABILITY and what torch says of the processor, from narrow to wide.
+CAPABILITIES = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
 
 from_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 
@@ -201,6 +213,17 @@ def test_another_system_is_one_sentence(tree):
 
 
 @from_source
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch without CUDA")
+def test_kernels_that_cannot_be_compiled_are_one_sentence(tree):
+    output = build_ext(tree, ok=False, FASTSGD_CUDA="1")
+    assert "Traceback" not in output
+    assert last_line(output) == (
+        "error: FASTSGD_CUDA is 1, but torch was a CPU build: install a torch with CUDA, "
+        "or unset FASTSGD_CUDA."
+    )
+
+
+@from_source
 def test_a_torch_that_can_be_imported_is_not_asked_for(tree):
     code = "from build_support import backend as b; print(b._build_requires(), b.find_torch())"
     output = run(sys.executable, "-c", code, cwd=tree)
@@ -243,8 +266,15 @@ def fetched_torch(output):
 
 
 def steps(python, folder):
-    output = run(python, "-W", "ignore", "-c", STEP, cwd=folder)
-    assert last_line(output).startswith("stepped with")
+    """One binary serves every processor: the kernels are chosen as torch chooses its own."""
+    best = torch.backends.cpu.get_cpu_capability()
+    for name, capability in CAPABILITIES.items():
+        env = {"ATEN_CPU_CAPABILITY": name}
+        output = run(python, "-W", "ignore", "-c", STEP, cwd=folder, env=env)
+        chosen = "baseline" if name == "default" else name
+        assert last_line(output) == f"stepped with {chosen}"
+        if capability == best:
+            break
 
 
 def required(python):
