@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) $(wildcard build_support/*.py) setup.py pyproject.toml
 
-.PHONY: demo test test-slow nightly soak installs docs bench gpu-check lint format clean
+.PHONY: demo test test-slow nightly soak installs sanitize races memcheck coverage clang
+.PHONY: docs bench gpu-check lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -31,6 +32,51 @@ soak: $(VENV)/built
 
 installs: $(VENV)/built
 	$(BIN)/python -m pytest -m "slow or not slow" tests/test_install.py
+
+# Builds beside the installed one, each of the variant that it is named after. They are found first,
+# in interpreters that tests start too: PYTHONSAFEPATH keeps those from looking where they start.
+build/%/built: VARIANT = $*
+build/%/built: $(VENV)/built $(shell find fastsgd -name "*.py*")
+	FASTSGD_BUILD=$(VARIANT) $(BIN)/python setup.py -q build --build-base build/$* --build-lib build/$*/lib
+	@touch $@
+with = PYTHONSAFEPATH=1 PYTHONPATH=build/$(1)/lib
+preloaded = LD_PRELOAD="$(foreach name,$(1) stdc++,$(shell gcc -print-file-name=lib$(name).so))"
+PYTEST := $(BIN)/pytest -p no:cacheprovider --capture=sys
+
+# The core of the suite: what reads and writes memory in every way.
+CORE ?= $(patsubst %,tests/test_%.py,averages clearing clip_grad_norm clipping counters device \
+    device_extras device_one_pass ema_weights extras faults histories memory properties safety)
+sanitize: build/sanitize/built
+	$(call with,sanitize) $(call preloaded,asan ubsan) ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=$(UBSAN_OPTIONS) $(PYTEST) $(CORE)
+UBSAN_OPTIONS ?= halt_on_error=1:print_stacktrace=1
+
+# Suppressed: the loader frees what a thread of torch's runtime had, whose end is a futex to it.
+# Forks are left out: a child with one thread of several is more than ThreadSanitizer follows.
+THREADED ?= tests/test_safety.py tests/test_parity.py tests/test_layouts.py tests/test_averages.py \
+    tests/test_clipping.py -k "(thread or shared or large or long or ends) and not fork"
+races: build/threads/built
+	echo "race:_dl_deallocate_tls" > build/threads/suppressed
+	$(call with,threads) $(call preloaded,tsan) setarch -R env \
+	  TSAN_OPTIONS=suppressions=build/threads/suppressed $(PYTEST) $(THREADED)
+
+SMALL ?= tests/test_properties.py tests/test_extras.py
+memcheck: $(VENV)/built
+	$(BIN)/python tests/memcheck.py $(SMALL)
+
+# The suite whole, and what of fastsgd/ (with its branches) and of csrc/ it never comes to.
+COVERED ?= tests
+coverage: build/coverage/built
+	rm -f build/coverage/data*; find build/coverage -name "*.gcda" -delete
+	-$(call with,coverage) $(BIN)/coverage run -m pytest -p no:cacheprovider $(COVERED)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
+	$(BIN)/gcovr --root . --object-directory build/coverage/objects build/coverage/objects --txt --print-summary
+
+clang: build/clang/built
+	$(call with,clang) $(PYTEST) $(TESTS)
+build/clang/built: VARIANT = strict
+build/clang/built: export CXX = clang++
 
 docs: $(VENV)/built
 	$(BIN)/python -m sphinx -W --keep-going -n -b html docs build/docs

