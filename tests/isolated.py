@@ -22,6 +22,8 @@ def python(*arguments: str, timeout: float = 120, env: dict[str, str] | None = N
     """
     paths = [str(Path(__file__).parent), *(p or os.getcwd() for p in sys.path)]
     surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(env or {})}
+    if arguments[0] != "-c":  # a script finds what lies beside it
+        surroundings.pop("PYTHONSAFEPATH", None)
     command = [sys.executable, *arguments]
     try:
         done = subprocess.run(

@@ -48,7 +48,8 @@ from_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs
 
 def run(*command, ok=True, **options):
     """Run a command, with no Python path of ours, and return all that it printed."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ours = {"PYTHONPATH", "PYTHONSAFEPATH"}
+    env = {name: value for name, value in os.environ.items() if name not in ours}
     env |= options.pop("env", {})
     result = subprocess.run(
         [str(word) for word in command],
