@@ -12,7 +12,7 @@ VARIANTS = {
     "strict": ["-Werror"],
     "sanitize": ["-fsanitize=address,undefined", *_WATCHED],
     "threads": ["-fsanitize=thread", *_WATCHED],
-    "coverage": ["--coverage", "-fprofile-update=atomic", "-O1", "-g1"],
+    "coverage": ["--coverage", "-fprofile-update=atomic", "-DFASTSGD_COVERAGE", "-O1", "-g1"],
 }
 
 

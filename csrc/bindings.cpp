@@ -22,6 +22,9 @@
 #include "pytensor.h"
 #include "rules/table.h"
 #include "walk.h"
+#ifdef FASTSGD_COVERAGE
+#include <gcov.h>
+#endif
 
 namespace fastsgd {
 namespace {
@@ -256,4 +259,7 @@ PYBIND11_MODULE(_C, module) {
              "Exchange the contents of the tensors of two lists; return the numbers of the pairs "
              "that were left.");
   module.def("threads", &fastsgd::threads, "How many threads a long step uses.");
+#ifdef FASTSGD_COVERAGE
+  module.def("write_coverage", &__gcov_dump, "Writes what was run: a forked process ends without.");
+#endif
 }

@@ -18,6 +18,8 @@ def surroundings(source: str, folder: Path) -> dict[str, str]:
         pytest.skip("needs a C compiler and glibc, to stand in for malloc")
     if os.environ.get("LD_PRELOAD"):
         pytest.skip("a library that is loaded first is there already, as a sanitizer's runtime is")
+    if "coverage" in sys.modules:
+        pytest.skip("coverage's tracer asks for memory too")
     (folder / "first.c").write_text(source)
     library = folder / "first.so"
     subprocess.run(

@@ -46,6 +46,8 @@ def _work(rank: int, module: str, name: str, store: str, arguments: Any, world: 
     import torch.distributed as dist
     from oracle import exact_roots
 
+    from fastsgd import _C
+
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT
@@ -55,3 +57,5 @@ def _work(rank: int, module: str, name: str, store: str, arguments: Any, world: 
             getattr(sys.modules[module], name)(*arguments)
     finally:
         dist.destroy_process_group()
+        if hasattr(_C, "write_coverage"):  # forked processes end at once
+            _C.write_coverage()
