@@ -108,7 +108,10 @@ class WithAverages(WithExtras):
             raise RuntimeError("ema_weights() needs averages: make the optimizer with ema_decay.")
         refuse_inside_ema_weights(self, "ema_weights()")
         if not self.__dict__.get("_ema_steps"):
-            raise RuntimeError("ema_weights() before the first step: there are no averages yet.")
+            raise RuntimeError(
+                "ema_weights() before the first step: there are no averages yet. Take a step, or "
+                "load a checkpoint that has them."
+            )
         params = [param for param in self.state if "ema" in self.state[param]]
         exchange = _Exchange(params, [self.state[param]["ema"] for param in params])
         extras = self.__dict__["_extras"]
@@ -172,7 +175,9 @@ def _check(param: Tensor, average: Any) -> None:
             "data swapped?"
         )
     if not (average.is_floating_point() or average.is_complex()):
-        raise RuntimeError(f"{what} of {average.dtype}, which is no dtype of an average.")
+        raise RuntimeError(
+            f"{what} of {average.dtype}, which no average has. Is the checkpoint corrupt?"
+        )
 
 
 class _Exchange:

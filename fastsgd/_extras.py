@@ -38,7 +38,10 @@ def _flag(name: str, value: Any) -> bool:
 def _norm_type(name: str, value: Any) -> float:
     if value in (2, math.inf, "inf"):
         return float(value)
-    raise ValueError(f"Invalid {name}: {value!r}. A step clips by the norm of order 2 or inf.")
+    raise ValueError(
+        f"Invalid {name}: {value!r}. A step clips by the norm of order 2 or inf: for another, call "
+        "torch.nn.utils.clip_grad_norm_ before it."
+    )
 
 
 def checked_decay(value: Any) -> float:
@@ -110,7 +113,10 @@ class Extra:
                 "that are not finite is either skipped or an error."
             )
         if value != self.default and optimizer.defaults.get("differentiable"):
-            raise ValueError(f"{self.name} cannot be had with differentiable=True.")
+            raise ValueError(
+                f"{self.name} cannot be had with differentiable=True, whose steps are torch's own "
+                "code: leave one of the two out."
+            )
         for group in optimizer.param_groups:
             refuse_parts(changed, group["params"])
         if value != self.default or extras:
@@ -120,9 +126,7 @@ class Extra:
 
 def refuse_parts(extras: Values, params: list[Any]) -> None:
     """Raise where a norm is asked for of parameters that are parts, as each process has some."""
-    asked = [
-        name for name in MEASURING if extras.get(name) is not None and extras[name] is not False
-    ]
+    asked = names_asked(extras, MEASURING)
     if asked and any(getattr(param, "_fsdp_flattened", False) for param in params):
         raise ValueError(
             f"{asked[0]} cannot be had with FullyShardedDataParallel, which gives the optimizer of "
@@ -137,8 +141,13 @@ ACTING = (*MEASURING, "clip_grad_value", "ema_decay", "clear_grads")
 
 def any_asked(optimizer: Optimizer) -> bool:
     """Whether anything is done around the rule; `norm_type` and `ema_dtype` alone do nothing."""
-    extras: Values = optimizer.__dict__.get("_extras", {})
-    return any(extras.get(name) is not None and extras[name] is not False for name in ACTING)
+    return bool(names_asked(optimizer.__dict__.get("_extras", {}), ACTING))
+
+
+def names_asked(extras: Values, names: tuple[str, ...]) -> list[str]:
+    """Return those of some options that are neither unset nor off, which 0 is not."""
+    values = [(name, extras.get(name)) for name in names]
+    return [name for name, value in values if value is not None and value is not False]
 
 
 # What the docstring of every optimizer ends with.
