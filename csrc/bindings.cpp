@@ -23,7 +23,7 @@
 #include "rules/table.h"
 #include "walk.h"
 #ifdef FASTSGD_COVERAGE
-#include <gcov.h>
+extern "C" void __gcov_dump();
 #endif
 
 namespace fastsgd {
@@ -71,7 +71,8 @@ std::unique_ptr<Walker> new_walker(PyObject* optimizer) {
   const char* text = PyUnicode_AsUTF8(name.get());
   if (text == nullptr) throw python_error();
   const int rule = find_rule(text);
-  TORCH_CHECK_VALUE(rule >= 0, "this build of fastsgd has no rule called '", text, "'");
+  TORCH_CHECK_VALUE(rule >= 0, "this build of fastsgd has no rule called '", text,
+                    "': build it again, if the class is newer than the build.");
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(optimizer));
   bool foreign = false;
   for (const char* own : {"param_groups", "state", "defaults"}) {
