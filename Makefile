@@ -51,17 +51,17 @@ sanitize: build/sanitize/built
 	  UBSAN_OPTIONS=$(UBSAN_OPTIONS) $(PYTEST) $(CORE)
 UBSAN_OPTIONS ?= halt_on_error=1:print_stacktrace=1
 
-# Suppressed: what torch's own threads copy, and the loader's freeing of what such a thread had. The
+# Suppressed: what torch's own regions copy, and the loader's freeing of what such a thread had. The
 # barriers of torch's runtime are futex calls, which ThreadSanitizer does not see.
 # Forks are left out: a child with one thread of several is more than ThreadSanitizer follows.
 THREADED ?= tests/test_safety.py tests/test_parity.py tests/test_layouts.py tests/test_averages.py \
     tests/test_clipping.py -k "(thread or share or large_and or long_step or ends_during) and not fork"
 races: build/threads/built
-	printf "%s\n" called_from_lib:libtorch_cpu.so race:_dl_deallocate_tls > build/threads/suppressed
+	printf "%s\n" race:libtorch_cpu.so race:_dl_deallocate_tls > build/threads/suppressed
 	$(call with,threads) $(call preloaded,tsan) setarch -R env \
 	  TSAN_OPTIONS=suppressions=build/threads/suppressed $(PYTEST) $(THREADED)
 
-SMALL ?= tests/test_properties.py tests/test_extras.py
+SMALL ?= tests/test_extras.py tests/test_properties.py -k SGD
 memcheck: $(VENV)/built
 	$(BIN)/python tests/memcheck.py $(SMALL)
 

@@ -2,7 +2,7 @@
 
 ``python tests/memcheck.py tests/test_parity.py -k momentum``: the arguments are pytest's. Python
 and torch have reports of their own, which nobody here can mend: counted are those in our code, and
-in what it calls that is not Python's.
+in what it calls of the system's libraries.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 OURS = "/fastsgd/_C."
+SYSTEMS = ("libc.so", "libm.so", "libstdc++.so", "ld-linux", "vgpreload_")
 
 # Python's arenas would hide one object's end from the next; and valgrind does not know AVX-512.
 SURROUNDINGS = {"PYTHONMALLOC": "malloc", "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
 
 
 def is_ours(error: ET.Element) -> bool:
-    """Tell whether one of an error's stacks comes to the extension before it comes to Python."""
+    """Tell whether the innermost place of a stack, but for the system's libraries, is ours."""
     for stack in error.iterfind("stack"):
-        for place in stack.iterfind("frame/obj"):
-            if OURS in (place.text or ""):
-                return True
-            if "python" in Path(place.text or "").name:
-                break
+        paths = (place.text or "" for place in stack.iterfind("frame/obj"))
+        outside = (path for path in paths if not Path(path).name.startswith(SYSTEMS))
+        if OURS in next(outside, ""):
+            return True
     return False
 
 
