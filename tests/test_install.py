@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
+import capabilities
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from fastsgd import _check
 
 ROOT = Path(__file__).parents[1]
 RELEASE = torch.__version__.partition("+")[0]
+OTHER_RELEASE = "2.13.0"  # where a build without torch brings the one that runs the tests
 CURE = "pip install --force-reinstall --no-deps --no-cache-dir"
 
 # Under whatever instruction set torch takes; stock takes its own path for the same numbers.
@@ -39,9 +41,6 @@ for _ in range(3):
 assert torch.equal(ours, stock), ours - stock
 print("stepped with", fastsgd._C.instruction_set())
 """
-
-# ATEN_CPU_CAPABILITY and what torch says of the processor, from narrow to wide.
-CAPABILITIES = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
 
 from_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 
@@ -268,14 +267,10 @@ def fetched_torch(output):
 
 def steps(python, folder):
     """One binary serves every processor: the kernels are chosen as torch chooses its own."""
-    best = torch.backends.cpu.get_cpu_capability()
-    for name, capability in CAPABILITIES.items():
+    for name, kernels in capabilities.supported().items():
         env = {"ATEN_CPU_CAPABILITY": name}
         output = run(python, "-W", "ignore", "-c", STEP, cwd=folder, env=env)
-        chosen = "baseline" if name == "default" else name
-        assert last_line(output) == f"stepped with {chosen}"
-        if capability == best:
-            break
+        assert last_line(output) == f"stepped with {kernels}"
 
 
 def required(python):
@@ -301,32 +296,36 @@ def test_pip_builds_against_the_torch_that_is_there(
 
 @from_source
 @pytest.mark.slow
-def test_the_cure_cures(environment, tree, tmp_path):
-    pip_install(environment, ".", cwd=tree)
-    try:
-        find = "import fastsgd; print(fastsgd.__path__[0])"
-        info = Path(last_line(run(environment, "-W", "ignore", "-c", find, cwd=tmp_path)))
-        info /= "_build_info.py"
-        info.write_text(info.read_text().replace(f'"{RELEASE}"', '"2.9.1"'))
-        message = last_line(run(environment, "-c", "import fastsgd", cwd=tmp_path, ok=False))
-        run("bash", "-c", message.split("`")[1], cwd=tmp_path)
-        steps(environment, tmp_path)
-    finally:
-        run(environment, "-m", "pip", "uninstall", "-y", "fastsgd")
-
-
-@from_source
-@pytest.mark.slow
-def test_without_torch_pip_brings_one_and_builds_against_it(tree, tmp_path):
+def test_without_torch_a_bare_build_says_so(tree, tmp_path):
     python = new_environment(tmp_path / "bare")
     run(python, "-m", "pip", "install", "setuptools>=77.0.3")
     output = pip_install(python, "--no-build-isolation", ".", cwd=tree, ok=False)
     assert "fastsgd compiles against torch and finds none" in output
     assert "Traceback" not in output and not fetched_torch(output)
 
-    output = pip_install(python, ".", cwd=tree)
+
+@from_source
+@pytest.mark.slow
+def test_torch_is_brought_and_then_swapped(tree, tmp_path):
+    """Without torch pip brings one and builds against it; the cure for another one cures.
+
+    The one that it brings has CUDA on most machines, and here there is no nvcc.
+    """
+    python = new_environment(tmp_path / "bare")
+    output = pip_install(python, ".", cwd=tree, env={"CUDA_HOME": str(tmp_path)})
     assert fetched_torch(output)
-    assert required(python).startswith("torch==")
+    said = run(python, "-W", "ignore", "-m", "fastsgd", "info", cwd=tmp_path)
+    assert "there was no nvcc" in said or "torch was a CPU build" in said
+    brought = required(python).removeprefix("torch==")
+    steps(python, tmp_path)
+
+    other = OTHER_RELEASE if brought == RELEASE else RELEASE
+    run(python, "-m", "pip", "install", f"torch=={other}")
+    message = last_line(run(python, "-c", "import fastsgd", cwd=tmp_path, ok=False))
+    assert f"compiled against torch {brought}" in message
+    assert f"finds torch {other}" in message
+    run("bash", "-c", message.split("`")[1], cwd=tmp_path)
+    assert required(python) == f"torch=={other}"
     steps(python, tmp_path)
 
 

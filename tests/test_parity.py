@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import capabilities
 import isolated
 import pytest
 import torch
@@ -384,14 +385,6 @@ CHILD = """
     torch.save(out, results)
     print(fastsgd._C.instruction_set(), len(out))
 """
-ISAS = {"default": "baseline", "avx2": "avx2", "avx512": "avx512"}
-
-
-def supported() -> list[str]:
-    """Instruction sets of this machine, narrowest first."""
-    best = torch.backends.cpu.get_cpu_capability()
-    names = list(ISAS)
-    return names[: {"DEFAULT": 1, "AVX2": 2, "AVX512": 3}.get(best, 1)]
 
 
 def test_instruction_sets(tmp_path: Path) -> None:
@@ -402,11 +395,11 @@ def test_instruction_sets(tmp_path: Path) -> None:
     grads = [[random_grad(p) for p in params] for _ in range(3)]
     torch.save({"params": params, "grads": grads}, tmp_path / "inputs")
     results = {}
-    for name in supported():
+    for name, kernels in capabilities.supported().items():
         argv = [str(tmp_path / "inputs"), str(tmp_path / name), "1"]
         said = isolated.run(CHILD.format(argv=argv), env={"ATEN_CPU_CAPABILITY": name}, timeout=300)
         chosen, count = said.split()
-        assert chosen == ISAS[name], f"ATEN_CPU_CAPABILITY={name} ran the {chosen} kernels"
+        assert chosen == kernels, f"ATEN_CPU_CAPABILITY={name} ran the {chosen} kernels"
         assert int(count) == len(COMBINATIONS) * len(DTYPES)
         results[name] = torch.load(tmp_path / name)
     if "avx512" in results:
