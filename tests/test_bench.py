@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+import preload
 import pytest
 import torch
 
@@ -378,8 +379,8 @@ def test_the_timed_steps_move_little(rule: Rule) -> None:
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="the counting malloc needs a C compiler")
-@pytest.mark.skipif("coverage" in sys.modules, reason="its tracer asks for memory too")
 def test_a_warm_step_allocates_nothing() -> None:
+    preload.skip_unless_possible()
     found = {(m.what, m.mode): m for m in memory(2, ["1000x16"])}
     for rule in (RULES["momentum"], RULES["adamw"]):
         ours, stock = found[rule.title, "fastsgd"], found[rule.title, "default"]

@@ -138,33 +138,15 @@ SCENARIOS: dict[str, tuple[Make, Act]] = {
 # Memory.
 
 # The k-th allocation of the thread that asked for it fails, and none after it.
-FAILING = r"""
-#include <errno.h>
-#include <stddef.h>
-
+FAILING = """
 static __thread long left;
 void fail(long k) { left = k; }
-static int fails(void) {
+long not_failed(void) { return left; }
+static int refuses(void) {
   if (left == 0 || --left != 0) return 0;
   errno = ENOMEM;
   return 1;
 }
-
-extern void* __libc_malloc(size_t);
-extern void* __libc_calloc(size_t, size_t);
-extern void* __libc_realloc(void*, size_t);
-extern void* __libc_memalign(size_t, size_t);
-
-void* malloc(size_t n) { return fails() ? NULL : __libc_malloc(n); }
-void* calloc(size_t k, size_t n) { return fails() ? NULL : __libc_calloc(k, n); }
-void* realloc(void* p, size_t n) { return fails() ? NULL : __libc_realloc(p, n); }
-void* memalign(size_t a, size_t n) { return fails() ? NULL : __libc_memalign(a, n); }
-void* aligned_alloc(size_t a, size_t n) { return fails() ? NULL : __libc_memalign(a, n); }
-int posix_memalign(void** out, size_t a, size_t n) {
-  *out = fails() ? NULL : __libc_memalign(a, n);
-  return *out ? 0 : ENOMEM;
-}
-long not_failed(void) { return left; }
 """
 
 

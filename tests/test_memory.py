@@ -14,32 +14,8 @@ from cases import OPTIMIZERS, ORDINARY_SHAPES, Row
 from oracle import all_params
 from twins import parameters
 
-COUNTER = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <stdatomic.h>
-#include <stddef.h>
+from fastsgd.bench import malloc
 
-static atomic_long count;
-long allocations(void) { return atomic_load(&count); }
-
-extern void* __libc_malloc(size_t);
-extern void* __libc_calloc(size_t, size_t);
-extern void* __libc_realloc(void*, size_t);
-extern void* __libc_memalign(size_t, size_t);
-
-void* malloc(size_t n) { ++count; return __libc_malloc(n); }
-void* calloc(size_t k, size_t n) { ++count; return __libc_calloc(k, n); }
-void* realloc(void* p, size_t n) { ++count; return __libc_realloc(p, n); }
-void* memalign(size_t a, size_t n) { ++count; return __libc_memalign(a, n); }
-void* aligned_alloc(size_t a, size_t n) { ++count; return __libc_memalign(a, n); }
-int posix_memalign(void** out, size_t a, size_t n) {
-  ++count;
-  *out = __libc_memalign(a, n);
-  return *out ? 0 : ENOMEM;
-}
-"""
 CHILD = """
     import ctypes, gc, torch
     from cases import OPTIMIZERS, DTYPES
@@ -86,7 +62,7 @@ CHILD = """
 
 def test_a_warm_step_allocates_nothing(row: Row, tmp_path: Path) -> None:
     """Neither Python nor C++ asks the system for memory: malloc itself is counted."""
-    surroundings = preload.surroundings(COUNTER, tmp_path)
+    surroundings = preload.surroundings(malloc.COUNTING, tmp_path)
     code = CHILD.format(index=OPTIMIZERS.index(row))
     assert isolated.run(code, env=surroundings).strip() == "done"
 

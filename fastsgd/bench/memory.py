@@ -7,7 +7,6 @@ before it: every object, tensor and vector that is made is seen.
 import ctypes
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,28 +16,11 @@ from pathlib import Path
 
 import torch
 
+from fastsgd.bench import malloc
 from fastsgd.bench.contestants import Inputs, Training
 from fastsgd.bench.rules import RULES, Mode, Rule
 from fastsgd.bench.shapes import SHAPES, Shape
 
-COUNTER = """
-#include <stddef.h>
-void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void *, size_t);
-void *__libc_memalign(size_t, size_t);
-static long calls;
-static void count(void) { __atomic_fetch_add(&calls, 1, __ATOMIC_RELAXED); }
-long allocations(void) { return __atomic_load_n(&calls, __ATOMIC_RELAXED); }
-void *malloc(size_t n) { count(); return __libc_malloc(n); }
-void *calloc(size_t n, size_t size) { count(); return __libc_calloc(n, size); }
-void *realloc(void *p, size_t n) { count(); return __libc_realloc(p, n); }
-void *memalign(size_t a, size_t n) { count(); return __libc_memalign(a, n); }
-void *aligned_alloc(size_t a, size_t n) { count(); return __libc_memalign(a, n); }
-int posix_memalign(void **p, size_t a, size_t n) {
-  count();
-  *p = __libc_memalign(a, n);
-  return *p ? 0 : 12;
-}
-"""
 # Counted and watched over this many steps, each after a backward of its own.
 STEPS = 3
 MEMORY_RULES = ("momentum", "adamw")
@@ -70,7 +52,7 @@ class Memory:
 def memory(threads: int, shapes: Sequence[str] = ("1000x16", "mobilenet-v3")) -> list[Memory]:
     """Measure ours and stock's modes in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
-        preload = counter(Path(folder))
+        preload = malloc.library(malloc.COUNTING, Path(folder))
         environment = dict(os.environ, PYTHONMALLOC="malloc")
         if preload is not None:
             environment["LD_PRELOAD"] = f"{preload}:{environment.get('LD_PRELOAD', '')}"
@@ -79,18 +61,6 @@ def memory(threads: int, shapes: Sequence[str] = ("1000x16", "mobilenet-v3")) ->
             [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=True
         )
     return [Memory(**found) for found in json.loads(done.stdout)]
-
-
-def counter(folder: Path) -> Path | None:
-    """Compile the counting `malloc`; None where there is no C compiler, or no glibc."""
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
-    if compiler is None:
-        return None
-    source, library = folder / "counter.c", folder / "counter.so"
-    source.write_text(COUNTER)
-    command = [compiler, "-shared", "-fPIC", "-O2", "-o", str(library), str(source)]
-    done = subprocess.run(command, capture_output=True, check=False)
-    return library if done.returncode == 0 else None
 
 
 def child(threads: int, shapes: Sequence[str]) -> None:
