@@ -68,11 +68,14 @@ memcheck: $(VENV)/built
 # The suite whole, and what of fastsgd/ (with its branches) and of csrc/ it never comes to.
 COVERED ?= tests
 coverage: build/coverage/built
-	rm -f build/coverage/data*; find build/coverage -name "*.gcda" -delete
-	-$(call with,coverage) $(BIN)/coverage run -m pytest -p no:cacheprovider $(COVERED)
+	rm -f build/coverage/data* build/coverage/failed
+	find build/coverage -name "*.gcda" -delete
+	$(call with,coverage) $(BIN)/coverage run -m pytest -p no:cacheprovider $(COVERED) \
+	  || touch build/coverage/failed
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 	$(BIN)/gcovr --root . --object-directory build/coverage/objects build/coverage/objects --txt --print-summary
+	@test ! -e build/coverage/failed
 
 clang: build/clang/built
 	$(call with,clang) $(PYTEST) $(TESTS)
