@@ -256,9 +256,10 @@ PYBIND11_MODULE(_C, module) {
       "Clip the grads of a list by their norm, of order infinity (or 2), on the one device where "
       "all of them lie, unless that `raises` and is not finite. Returns the norm; None where they "
       "do not, and nothing was done.");
-  module.def("exchange", &fastsgd::exchange_all,
-             "Exchange the contents of the tensors of two lists; return the numbers of the pairs "
-             "that were left.");
+  module.def(
+      "exchange", &fastsgd::exchange_all,
+      "Exchange the contents of parameters and their averages; return the numbers of the pairs "
+      "that were left.");
   module.def("threads", &fastsgd::threads, "How many threads a long step uses.");
 #ifdef FASTSGD_COVERAGE
   module.def("write_coverage", &__gcov_dump, "Writes what was run: a forked process ends without.");

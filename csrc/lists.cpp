@@ -29,8 +29,8 @@ int type_of(const c10::TensorImpl& tensor) {
   return held < end ? kStorages : type;
 }
 
-// Has `take` take each tensor of a list, or its gradient; returns the numbers of those that it does
-// not take.
+// Has `take` take each tensor of a list, or its gradient, with its number; returns the numbers of
+// those that it does not take.
 template <class Take>
 [[gnu::flatten]] Left each(PyObject* list, bool of_grads, Take take) {
   Left left;
@@ -51,7 +51,7 @@ template <class Take>
       PyObject* grad = object_of(*tensor->unsafeGetTensorImpl());
       if (grad != nullptr && !exact_tensor(grad)) tensor = nullptr;
     }
-    if (tensor == nullptr || !take(*tensor)) left.push_back(i);
+    if (tensor == nullptr || !take(*tensor, i)) left.push_back(i);
   }
   return left;
 }
@@ -65,11 +65,15 @@ NormOfAll norm_of_all(PyObject* list, bool of_grads, bool infinity) {
   std::vector<Run> runs;  // those that are long enough to be shared among threads
   std::vector<Span> spans;
   const bool here = !of_grads || !cuda::emulated();  // single norms are always found here
-  norm.left = each(list, of_grads, [&](const at::Tensor& tensor) {
-    if (!here) return false;
+  norm.left = each(list, of_grads, [&](const at::Tensor& tensor, Py_ssize_t number) {
     const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
-    const int type = type_of(impl);
-    if (type == kStorages) return false;
+    const int type = here ? type_of(impl) : kStorages;
+    if (type == kStorages) {  // whoever takes it does not look at its memory before
+      if (has_memory(impl)) return false;
+      storage_too_small(of_grads ? c10::str("parameters[", number, "]: the storage of its grad")
+                                 : "the storage of a grad",
+                        impl);
+    }
     norm.any_double |= type == static_cast<int>(Storage::kDouble);
     ++norm.count;
     char* elements = data_of(*impl.unsafe_storage().unsafeGetStorageImpl(), false) +
@@ -97,7 +101,7 @@ NormOfAll norm_of_all(PyObject* list, bool of_grads, bool infinity) {
 Left scale_all(PyObject* list, bool of_grads, double factor) {
   Plan plan;
   plan.begin();
-  Left left = each(list, of_grads, [&](const at::Tensor& tensor) {
+  Left left = each(list, of_grads, [&](const at::Tensor& tensor, Py_ssize_t) {
     return !tensor.requires_grad() && plan.add_single(tensor, kScale);
   });
   Around around;
@@ -112,7 +116,7 @@ Left scale_all(PyObject* list, bool of_grads, double factor) {
 at::Tensor clip_there(PyObject* list, double max_norm, bool infinity, bool raises) {
   cuda::Devices all;
   cuda::DeviceWork* there = nullptr;
-  const Left left = each(list, true, [&](const at::Tensor& grad) {
+  const Left left = each(list, true, [&](const at::Tensor& grad, Py_ssize_t) {
     auto* work = all.find(*grad.unsafeGetTensorImpl());
     if (work == nullptr || (there != nullptr && work != there)) return false;
     there = work;
@@ -128,22 +132,31 @@ at::Tensor clip_there(PyObject* list, double max_norm, bool infinity, bool raise
   return there->norm(is_double);
 }
 
-Left exchange_all(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) {
+Left exchange_all(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>& averages) {
   Plan plan;
   plan.begin();
   cuda::Devices all;
   const bool directly = !any_mode();
   Left left;
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    auto* work = all.find(*a[i].unsafeGetTensorImpl());
+  for (std::size_t i = 0; i < params.size(); ++i) {
+    const at::Tensor &param = params[i], &average = averages[i];
+    for (const at::Tensor* tensor : {&param, &average}) {
+      if (has_memory(*tensor->unsafeGetTensorImpl())) continue;
+      storage_too_small(tensor == &param ? "the storage of a parameter that has an average"
+                                         : "the storage of a parameter's average",
+                        *tensor->unsafeGetTensorImpl());
+    }
+    const auto number = static_cast<std::int64_t>(i);
+    auto* work = all.find(*param.unsafeGetTensorImpl());
     Plan& where = work == nullptr ? plan : work->plan;
-    if (!directly || a[i].dtype() != b[i].dtype() || !where.add_exchange(a[i], b[i])) {
-      left.push_back(static_cast<std::int64_t>(i));
+    if (!directly || param.dtype() != average.dtype() ||
+        !where.add_exchange(number, param, average)) {
+      left.push_back(number);
     }
   }
   const std::vector<cuda::DeviceWork*> works = all.needed();
   if (std::any_of(works.begin(), works.end(), [](auto* work) { return work->plan.ordered(); })) {
-    left.resize(a.size());  // a device has no order: one after the other, then
+    left.resize(params.size());  // a device has no order: one after the other, then
     std::iota(left.begin(), left.end(), 0);
     return left;
   }

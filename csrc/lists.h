@@ -32,7 +32,7 @@ Left scale_all(PyObject* list, bool of_grads, double factor);
 // ones on one device. If the norm is not finite and that `raises`, they stay as they are.
 at::Tensor clip_there(PyObject* list, double max_norm, bool infinity, bool raises);
 
-// Exchanges what each tensor of one list holds with what that of the other does, on any device.
-Left exchange_all(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b);
+// Exchanges what each parameter holds with what its average does, on any device.
+Left exchange_all(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>& averages);
 
 }  // namespace fastsgd

@@ -145,7 +145,9 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
     bytes[s] = (flat ? count : layout.extent(s)) * size;
     const std::int64_t offset = tensor.storage_offset() * size;
     if (count > 0 && static_cast<std::int64_t>(storage->nbytes()) < offset + bytes[s]) {
-      storage_too_small(place, *update.structure, s, tensor);
+      storage_too_small(
+          c10::str(at_place(place), ": the storage of ", stream_name(*update.structure, s)),
+          tensor);
     }
     run.stream[s] = data_of(*storage, written(update, s)) + offset;
     holders[s] = {&tensor, storage};
@@ -235,12 +237,12 @@ bool Plan::add_single(const at::Tensor& single, int kernel) {
   return true;
 }
 
-bool Plan::add_exchange(const at::Tensor& a, const at::Tensor& b) {
-  static constexpr Structure kNone;
+bool Plan::add_exchange(std::int64_t number, const at::Tensor& param, const at::Tensor& average) {
+  static constexpr Structure kBoth{.first = {"its data", "its state 'ema'"}};
   if (rows_.empty()) rows_.emplace_back();
-  const Update update{&kNone, kExchange, 0, true};
-  Subject subject{{a.unsafeGetTensorImpl(), b.unsafeGetTensorImpl()}, 2};
-  return add_unusual(update, {0, 0}, subject, subject.tensor);
+  const Update update{&kBoth, kExchange, 0, true};
+  const Subject subject{{param.unsafeGetTensorImpl(), average.unsafeGetTensorImpl()}, 2};
+  return add_unusual(update, {-1, number}, subject, subject.tensor);
 }
 
 // --- running ------------------------------------------------------------------------------------

@@ -66,8 +66,8 @@ class Plan {
   // Adds a tensor on which a kernel does its work alone: kZero, or the first of a kernel for each
   // storage type. False if its memory has gaps or is not plain.
   bool add_single(const at::Tensor& tensor, int kernel);
-  // Adds two tensors, both written, to exchange.
-  bool add_exchange(const at::Tensor& a, const at::Tensor& b);
+  // Adds a parameter and its average, both written, to exchange. The number is for messages.
+  bool add_exchange(std::int64_t number, const at::Tensor& param, const at::Tensor& average);
 
   // Notes memory that the scalars were read from.
   void note_scalars(const std::vector<Range>& ranges) { scalars_ = ranges; }

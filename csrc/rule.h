@@ -76,6 +76,8 @@ struct Structure {
   int number[kMaxStates] = {};  // in the rule's states
   State state[kMaxStates] = {};
   int average = -1;  // its place, if there is one
+  // The streams before the states, for messages.
+  const char* first[2] = {"its data", "its grad"};
 };
 inline constexpr State kAverageState = {"ema"};
 

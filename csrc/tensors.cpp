@@ -1,5 +1,6 @@
 #include "tensors.h"
 
+#include <ATen/EmptyTensor.h>
 #include <c10/core/InferenceMode.h>
 
 #include "plain.h"
@@ -60,12 +61,12 @@ at::Tensor new_average(const Update& update, const at::Tensor& param) {
 }
 
 std::string at_place(Place place) {
+  if (place.group < 0) return c10::str("parameter ", place.index, " of those with an average");
   return c10::str("param_groups[", place.group, "]['params'][", place.index, "]");
 }
 
 std::string stream_name(const Structure& structure, int stream) {
-  if (stream == kParam) return "its data";
-  if (stream == kGrad) return "its grad";
+  if (stream < kState) return structure.first[stream];
   return c10::str("its state '", structure.state[stream - kState].name, "'");
 }
 
@@ -137,10 +138,19 @@ void check_counter(Place place, const c10::TensorImpl& counter) {
               " bytes, too few for one number. Was it freed or resized?");
 }
 
-void storage_too_small(Place place, const Structure& structure, int stream,
-                       const c10::TensorImpl& tensor) {
-  TORCH_CHECK(false, at_place(place), ": the storage of ", stream_name(structure, stream),
-              " holds ", tensor.storage().nbytes(), " bytes, too few for its shape ",
+bool has_memory(const c10::TensorImpl& tensor) {
+  if (tensor.is_python_dispatch() || tensor.layout() != at::kStrided || tensor.is_meta() ||
+      tensor.has_symbolic_sizes_strides() || !tensor.has_storage()) {
+    return true;
+  }
+  const std::size_t needed =
+      at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.itemsize(),
+                                       static_cast<std::size_t>(tensor.storage_offset()));
+  return tensor.numel() == 0 || tensor.unsafe_storage().nbytes() >= needed;
+}
+
+void storage_too_small(const std::string& what, const c10::TensorImpl& tensor) {
+  TORCH_CHECK(false, what, " holds ", tensor.storage().nbytes(), " bytes, too few for its shape ",
               tensor.sizes(), ". Was it freed or resized?");
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 
 #include "kernel.h"
 #include "plain.h"
@@ -69,7 +70,7 @@ inline bool same_sizes(at::IntArrayRef a, at::IntArrayRef b) {
 // Whether equal indices lie at equal distances from the first element, and no others between.
 bool same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b);
 
-// "param_groups[0]['params'][3]".
+// "param_groups[0]['params'][3]"; where a group is -1, it is of those that have an average.
 std::string at_place(Place place);
 // "its grad", "its state 'momentum_buffer'".
 std::string stream_name(const Structure& structure, int stream);
@@ -83,8 +84,10 @@ bool check_kinds(const Plain& plain, Place place, const Update& update, const Su
 // Throws where stock could not count a step with this tensor.
 void check_counter(Place place, const c10::TensorImpl& counter);
 
-[[noreturn]] void storage_too_small(Place place, const Structure& structure, int stream,
-                                    const c10::TensorImpl& tensor);
+// Whether memory is there for all elements of a tensor; true where only the tensor itself can tell.
+bool has_memory(const c10::TensorImpl& tensor);
+// `what`: "param_groups[0]['params'][3]: the storage of its grad".
+[[noreturn]] void storage_too_small(const std::string& what, const c10::TensorImpl& tensor);
 [[noreturn]] void written_but_expanded(Place place, const Structure& structure, int stream);
 
 }  // namespace fastsgd

@@ -149,7 +149,7 @@ class Walker {
   Update update_with(const Group& group, std::int32_t row) const;
   const Update& update_on(cuda::DeviceWork& work, Group& group);
   bool reset(PyObject* groups, bool set_to_none, std::vector<Ref>& others);
-  void zero(const at::Tensor& slot, bool directly);
+  void zero(Place place, const at::Tensor& slot, bool directly);
   static void detach(const at::Tensor& grad);
   bool add_zero(const at::Tensor& grad);
 

@@ -170,17 +170,17 @@ bool Walker::look_before_clearing(const at::Tensor& grad, const c10::TensorImpl&
 
 // One that is not stepped, as it has no gradient, but may have an average.
 bool Walker::plan_average(Place place, PyObject* param) {
-  static constexpr Structure kNone;
+  static constexpr Structure kBoth{.first = {"its state 'ema'", "its data"}};
   PyObject* average = states_.average_of(param);
   if (average == nullptr) return true;
   if (!exact_tensor(param) || !exact_tensor(average)) return false;
   const Subject subject{{impl_of(average), impl_of(param)}, 2};
   if (Fields::keys(*impl_of(param)) != cpu_keys_) {
     auto* work = devices_.find(*impl_of(param));
-    return work != nullptr && work->plan.add_average({&kNone, kAverage, 0}, place, subject);
+    return work != nullptr && work->plan.add_average({&kBoth, kAverage, 0}, place, subject);
   }
   if (average_row_ < 0) average_row_ = plan_.add_row({});
-  return plan_.add_average({&kNone, kAverage, average_row_}, place, subject);
+  return plan_.add_average({&kBoth, kAverage, average_row_}, place, subject);
 }
 
 template <int kStates, bool kCounts>

@@ -73,7 +73,7 @@ bool Walker::reset(PyObject* groups, bool set_to_none, std::vector<Ref>& others)
       if (object != nullptr && !exact_tensor(object)) {  // it has a zero_ of its own
         others.push_back(Ref::borrow(param));
       } else {
-        zero(*grad, directly);
+        zero({g, i}, *grad, directly);
       }
     }
   }
@@ -104,7 +104,7 @@ void Walker::detach(const at::Tensor& grad) {
   }
 }
 
-void Walker::zero(const at::Tensor& slot, bool directly) {
+void Walker::zero(Place place, const at::Tensor& slot, bool directly) {
   if (directly && !slot.requires_grad() && !slot.is_inference() && add_zero(slot)) return;
   // What follows may run Python code: the end of a graph, a dispatched operator.
   zero_plan_.retain();
@@ -116,6 +116,9 @@ void Walker::zero(const at::Tensor& slot, bool directly) {
       "in inference mode cannot be zeroed. Set it to None instead.");
   detach(grad);
   if (directly && add_zero(grad)) return;
+  if (!has_memory(*grad.unsafeGetTensorImpl())) {
+    storage_too_small(at_place(place) + ": the storage of its grad", *grad.unsafeGetTensorImpl());
+  }
   grad.zero_();
 }
 

@@ -16,7 +16,7 @@ from oracle import all_params, assert_equal
 from snapshot import Snapshot
 from torch import Tensor
 from torch.nn import Parameter
-from twins import Twins, parameters, random_grad
+from twins import ORDINARY, Twins, parameters, random_grad
 
 Spoil = Callable[[torch.optim.Optimizer, Tensor], None]
 
@@ -266,6 +266,74 @@ def test_a_released_storage(row: Row) -> None:
     assert len(said.splitlines()) == 2 + len(row.states)
 
 
+def test_a_released_storage_outside_of_a_step() -> None:
+    """What else uses gradients and averages says so too, and has written nothing."""
+    said = isolated.run(
+        """
+        import torch, fastsgd
+        from oracle import assert_equal
+
+        LAYOUTS = {
+            "contiguous": lambda p: torch.ones(40, 30, dtype=p.dtype),
+            "gapped": lambda p: torch.ones(40, 60, dtype=p.dtype)[:, :30],
+            "expanded": lambda p: torch.ones(30, dtype=p.dtype).expand(40, 30),
+            "in a graph": lambda p: torch.ones(40, 30, dtype=p.dtype).requires_grad_(),
+        }
+
+        def average_freed(o):
+            o.state[o.param_groups[0]["params"][1]]["ema"].untyped_storage().resize_(0)
+
+        def parameter_freed(o):
+            o.param_groups[0]["params"][1].untyped_storage().resize_(0)
+
+        def use_averages(o):
+            with o.ema_weights():
+                pass
+
+        def clip(o):
+            fastsgd.clip_grad_norm_(o.param_groups[0]["params"], 0.5)
+
+        def zero(o):
+            o.zero_grad(set_to_none=False)
+
+        def grad_freed(o):
+            o.param_groups[0]["params"][1].grad.untyped_storage().resize_(0)
+
+        for dtype in (torch.float32, torch.bfloat16, torch.complex64):
+            for name, layout in LAYOUTS.items():
+                for spoil, act in ((grad_freed, clip), (grad_freed, zero),
+                                   (average_freed, use_averages), (parameter_freed, use_averages)):
+                    good, bad = (torch.nn.Parameter(torch.ones(40, 30, dtype=dtype)) for _ in "ab")
+                    optimizer = fastsgd.SGD([good, bad], lr=0.5, ema_decay=0.5)
+                    for p in (good, bad):
+                        p.grad = torch.ones_like(p)
+                    optimizer.step()
+                    bad.grad = layout(bad)
+                    spoil(optimizer)
+                    before = good.detach().clone(), optimizer.state[good]["ema"].clone()
+                    try:
+                        act(optimizer)
+                    except RuntimeError as refused:
+                        print(act.__name__, "|", str(refused).splitlines()[0])
+                    else:
+                        raise SystemExit(f"{act.__name__}, {name}, {dtype}: no error")
+                    assert_equal([good.detach(), optimizer.state[good]["ema"]], list(before))
+                    assert act is zero or bool((good.grad == 1).all())
+        """
+    )
+    where = {
+        "clip": "parameters[1]: the storage of its grad",
+        "zero": "param_groups[0]['params'][1]: the storage of its grad",
+        "use_averages": "the storage of a parameter",
+    }
+    lines = said.splitlines()
+    assert len(lines) == 3 * 4 * 4
+    for line in lines:
+        act, _, message = line.partition(" | ")
+        assert message.startswith(where[act]), message
+        assert message.endswith("too few for its shape [40, 30]. Was it freed or resized?")
+
+
 def test_a_storage_too_small(row: Row) -> None:
     """Memory that ends before the parameter does."""
     isolated.run(
@@ -387,7 +455,7 @@ def test_parameters_in_shared_memory(row: Row) -> None:
     """``share_memory_`` as in Hogwild training."""
 
     def build() -> list[Tensor]:
-        return [p.share_memory_() for p in parameters(*ORDINARY_SHAPES)()]
+        return [p.share_memory_() for p in ORDINARY()]
 
     twins = Twins(row, build, **row.rich).run(3)
     assert all(p.is_shared() for p in all_params(twins.ours))
