@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from fastsgd import _C
-from fastsgd._extras import WithExtras, refuse_inside_ema_weights, unwrapped
+from fastsgd._extras import WithExtras, of_the_optimizer_within, refuse_inside_ema_weights
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -25,10 +25,9 @@ def dtype_of_average(param: Tensor, ema_dtype: torch.dtype | None) -> torch.dtyp
 class WithAverages(WithExtras):
     """Mixin that keeps averages in checkpoints, and puts them in the parameters' place."""
 
+    @of_the_optimizer_within
     def state_dict(self) -> dict[str, Any]:
         """Return torch's; the number of averages so far is the groups' key ``ema_steps``."""
-        if (within := unwrapped(self)) is not self:
-            return within.state_dict()  # type: ignore[no-any-return]
         refuse_inside_ema_weights(self, "state_dict()")
         state_dict = super().state_dict()
         if steps := int(self.__dict__.get("_ema_steps", 0)):  # a device may have counted them
@@ -36,11 +35,9 @@ class WithAverages(WithExtras):
                 group["ema_steps"] = steps
         return state_dict
 
+    @of_the_optimizer_within
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of torch's or of ours. One that raises is not loaded at all."""
-        if (within := unwrapped(self)) is not self:
-            within.load_state_dict(state_dict)
-            return
         refuse_inside_ema_weights(self, "load_state_dict()")
         own = self.__dict__
         kept = ("state", "param_groups", "_ema_steps")
@@ -82,6 +79,7 @@ class WithAverages(WithExtras):
                 dtype = dtype_of_average(param, self.ema_dtype)
                 self.state[param]["ema"] = average.to(device=param.device, dtype=dtype)
 
+    @of_the_optimizer_within
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
         """Have the parameters hold their averages within a ``with`` block.
@@ -100,10 +98,6 @@ class WithAverages(WithExtras):
             >>> with optimizer.ema_weights():
             ...     validate(model)
         """
-        if (within := unwrapped(self)) is not self:
-            with within.ema_weights():
-                yield
-            return
         if self.ema_decay is None:
             raise RuntimeError("ema_weights() needs averages: make the optimizer with ema_decay.")
         refuse_inside_ema_weights(self, "ema_weights()")

@@ -6,15 +6,18 @@ are kept in the optimizer's attribute ``_extras``, a dict, which is there only i
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch.optim.optimizer import Optimizer
 
 Values = dict[str, Any]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def _number(name: str, value: Any) -> float:
@@ -79,6 +82,20 @@ def unwrapped(optimizer: Any) -> Any:
     while "param_groups" not in optimizer.__dict__ and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def of_the_optimizer_within(method: Callable[Concatenate[Any, P], T]) -> Callable[..., T]:
+    """Have a method of such a wrapper be that of the optimizer within."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> T:
+        within = unwrapped(self)
+        if within is self:
+            return method(self, *args, **kwargs)
+        result: T = getattr(within, method.__name__)(*args, **kwargs)
+        return result
+
+    return call
 
 
 class Extra:

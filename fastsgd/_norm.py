@@ -27,7 +27,8 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """
     if not tensors:
         return torch.tensor(0.0, dtype=torch.float64)
-    norm, count, _, left = _C.norm_of(list(tensors), False, math.isinf(norm_type))
+    infinity = math.isinf(norm_type)
+    norm, count, _, left = _C.norm_of([_plain(t, infinity) for t in tensors], False, infinity)
     parts = [torch.tensor(norm, dtype=torch.float64)] if count else []
     shards: dict[Any, list[Tensor]] = {}
     for tensor in (tensors[i].detach() for i in left):
@@ -63,6 +64,18 @@ def _joined(parts: list[Tensor], norm_type: float) -> Tensor:
     return norm
 
 
+def _plain(tensor: Tensor, infinity: bool) -> Tensor:
+    """Return one with the same norm that the kernels can take, if it is torch's own on the CPU."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type != "cpu":
+        return tensor
+    tensor = tensor.detach()
+    if tensor.is_sparse:
+        tensor = tensor.coalesce().values()
+    if tensor.is_complex():
+        tensor = tensor.abs() if infinity else torch.view_as_real(tensor.resolve_conj())
+    return tensor.resolve_neg().contiguous()
+
+
 def _norm(tensor: Tensor, norm_type: float) -> Tensor:
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
@@ -70,12 +83,6 @@ def _norm(tensor: Tensor, norm_type: float) -> Tensor:
         tensor = tensor.abs()
     if tensor.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=tensor.device)
-    if tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter):
-        # A copy that is plain, unless it is of a dtype that no kernel knows.
-        tensor = tensor.resolve_conj().resolve_neg().contiguous()
-        value, count, _, _ = _C.norm_of([tensor], False, math.isinf(norm_type))
-        if count:
-            return torch.tensor(value, dtype=torch.float64)
     norm: Tensor = torch.linalg.vector_norm(tensor, norm_type, dtype=torch.float64)
     return norm
 
@@ -138,7 +145,8 @@ def clip_grad_norm_(
         The norm before clipping, a tensor without dimensions on the first gradient's device. It is
         float64 if any gradient is, else float32, for gradients of 16 bits too, whose own dtype
         holds a norm badly; the nearest number to the exact norm, or next to it, and the same for
-        any number of threads and any order of the parameters.
+        any number of threads and any order of the parameters. (Where float64 gradients are among
+        others, those others' squares are added up in float64: it is within 3e-14 of the exact one.)
 
     Raises:
         RuntimeError: If the norm is not finite and ``error_if_nonfinite`` is set.
