@@ -18,9 +18,8 @@ from setuptools import Extension
 from setuptools.errors import CompileError, PlatformError
 from torch.utils import cpp_extension
 
-from build_support import cuda
+from build_support import cuda, variants
 from build_support.compilers import first_error
-from build_support.variants import VARIANTS, linked, variant
 
 KERNELS = "csrc/cpu/kernels.cpp"
 
@@ -64,8 +63,8 @@ def extension() -> Extension:
         "fastsgd._C",
         sorted({*glob("csrc/**/*.cpp", recursive=True)} - {KERNELS}),
         define_macros=list(MACROS),
-        extra_compile_args=[*FLAGS, *VARIANTS[variant()], *torch_headers],
-        extra_link_args=linked(VARIANTS[variant()]),
+        extra_compile_args=[*FLAGS, *variants.flags(), *torch_headers],
+        extra_link_args=variants.linker_flags(),
     )
     ext.include_dirs = [os.path.abspath("csrc")]
     return ext
@@ -82,7 +81,7 @@ class BuildExtension(cpp_extension.BuildExtension):
         """Keep objects between builds, those of another torch or variant apart."""
         super().finalize_options()
         self.force = True
-        parts = [sysconfig.get_config_var("SOABI"), "torch", torch.__version__, variant()]
+        parts = [sysconfig.get_config_var("SOABI"), "torch", torch.__version__, variants.variant()]
         folder = "-".join(filter(None, parts))
         base = self.get_finalized_command("build").build_base
         self.build_temp = os.path.join(base, "objects", folder)
@@ -117,7 +116,7 @@ class BuildExtension(cpp_extension.BuildExtension):
                 output_dir=os.path.join(self.build_temp, name),
                 macros=[*MACROS, ("FASTSGD_ISA", name)],
                 include_dirs=[os.path.abspath("csrc")],
-                extra_postargs=[*FLAGS, *VARIANTS[variant()], *flags],
+                extra_postargs=[*FLAGS, *variants.flags(), *flags],
             )
         if self.toolkit is not None:
             self.add_cuda(ext, self.toolkit)

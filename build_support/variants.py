@@ -29,6 +29,11 @@ def variant() -> str:
     return name
 
 
-def linked(flags: list[str]) -> list[str]:
-    """Return those of a variant's flags that its linker takes too."""
-    return [flag for flag in flags if flag.startswith(("-fsanitize=", "--coverage"))]
+def flags() -> list[str]:
+    """Return the flags of its compiler."""
+    return VARIANTS[variant()]
+
+
+def linker_flags() -> list[str]:
+    """Return those that its linker takes too."""
+    return [flag for flag in flags() if flag.startswith(("-fsanitize=", "--coverage"))]

@@ -172,6 +172,16 @@ def test_no_memory(row: Row, failing: dict[str, str]) -> None:
     )
 
 
+def done_twice(optimizer: Any, act: Callable[[Any], Any]) -> list[Any]:
+    """Do something twice; return what there is after each time."""
+    found = []
+    for _ in range(2):
+        act(optimizer)
+        found.append(contents(optimizer))
+        give(optimizer)
+    return found
+
+
 def have_each_allocation_fail(index: int, scenario: str) -> None:
     """Do what a scenario does until it succeeds, with one more allocation granted each time."""
     torch.set_num_threads(1)  # OpenMP ends the process where it has no memory for its threads
@@ -179,12 +189,7 @@ def have_each_allocation_fail(index: int, scenario: str) -> None:
     libc.not_failed.restype = ctypes.c_long
     row = OPTIMIZERS[index]
     make, act = SCENARIOS[scenario]
-    once = make(row)
-    act(once)
-    after = contents(once)
-    give(once)
-    act(once)
-    twice = contents(once)
+    after, twice = done_twice(make(row), act)
     failed = 0
     for k in itertools.count(1):
         optimizer = make(row)
@@ -298,12 +303,7 @@ WHOLE: dict[str, tuple[Make, Act]] = {
 def test_interrupted(row: Row, scenario: str) -> None:
     """All is as it was before, or as it is after, and the next time it is done."""
     make, act = WHOLE[scenario]
-    once = make(row)
-    act(once)
-    after = contents(once)
-    give(once)
-    act(once)
-    twice = contents(once)
+    after, twice = done_twice(make(row), act)
     for optimizer, before in each_interrupt(lambda: make(row), act):
         now = contents(optimizer)
         done = same(now, after)
