@@ -13,8 +13,10 @@ SOURCES := $(shell find csrc -type f) $(wildcard build_support/*.py) setup.py py
 demo: $(VENV)/built
 	$(BIN)/python -m fastsgd demo
 
+# As many tests at a time; auto is one a core.
+JOBS ?= auto
 test: $(VENV)/built
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 # What takes minutes or gigabytes: installs into fresh environments, huge tensors.
 test-slow: $(VENV)/built
@@ -48,9 +50,10 @@ CORE ?= $(patsubst %,tests/test_%.py,averages clearing clip_grad_norm clipping c
     device_extras device_one_pass ema_weights extras faults histories memory properties safety)
 sanitize: build/sanitize/built
 	$(call with,sanitize) $(call preloaded,asan ubsan) ASAN_OPTIONS=detect_leaks=0 \
-	  UBSAN_OPTIONS=$(UBSAN_OPTIONS) $(PYTEST) $(CORE)
+	  UBSAN_OPTIONS=$(UBSAN_OPTIONS) $(PYTEST) -n $(JOBS) $(CORE)
 UBSAN_OPTIONS ?= halt_on_error=1:print_stacktrace=1
 
+# One test at a time, as it is the interpreter's exit code that tells of reports.
 # Suppressed: what torch's own regions copy, and the loader's freeing of what such a thread had. The
 # barriers of torch's runtime are futex calls, which ThreadSanitizer does not see.
 # Forks are left out: a child with one thread of several is more than ThreadSanitizer follows.
@@ -70,7 +73,8 @@ COVERED ?= tests
 coverage: build/coverage/built
 	rm -f build/coverage/data* build/coverage/failed
 	find build/coverage -name "*.gcda" -delete
-	$(call with,coverage) $(BIN)/coverage run -m pytest -p no:cacheprovider $(COVERED) \
+	$(call with,coverage) $(BIN)/coverage run -m pytest -p no:cacheprovider -n $(JOBS) \
+	  $(COVERED) \
 	  || touch build/coverage/failed
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
@@ -78,7 +82,7 @@ coverage: build/coverage/built
 	@test ! -e build/coverage/failed
 
 clang: build/clang/built
-	$(call with,clang) $(PYTEST) $(TESTS)
+	$(call with,clang) $(PYTEST) -n $(JOBS) $(TESTS)
 build/clang/built: VARIANT = strict
 build/clang/built: export CXX = clang++
 
