@@ -21,9 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.optim import swa_utils
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
-from twins import Twins, parameters
-
-BUILD = parameters(*ORDINARY_SHAPES)
+from twins import ORDINARY, Twins, parameters
 
 
 def options_of(row: Row) -> set[str]:
@@ -90,7 +88,7 @@ def test_subclass_with_its_own_constructor(row: Row, how: str) -> None:
     """Constructors that add a default, name their base, or start at ``Optimizer``."""
     if how == "from_scratch" and row.name == "Adagrad":
         pytest.skip("its states are made by its constructor")
-    common = dict(row.stock(BUILD(), **row.rich).defaults)
+    common = dict(row.stock(ORDINARY(), **row.rich).defaults)
 
     def derive(base: type) -> type:
         class Derived(base):
@@ -107,7 +105,7 @@ def test_subclass_with_its_own_constructor(row: Row, how: str) -> None:
         return Derived
 
     derived = Row(row.name, derive(row.ours), derive(row.stock), (), {}, row.rich, row.states)
-    twins = Twins(derived, BUILD, **row.rich).run(2)
+    twins = Twins(derived, ORDINARY, **row.rich).run(2)
     for optimizer in twins.sides:
         optimizer.add_param_group({"params": [Parameter(torch.ones(37))]})
         assert optimizer.param_groups[-1]["extra"] == 3
@@ -116,8 +114,8 @@ def test_subclass_with_its_own_constructor(row: Row, how: str) -> None:
 
 def test_missing_option(row: Row) -> None:
     """A group that lost an option: as in stock, an error before anything moved, or no matter."""
-    for key in row.stock(BUILD(), **row.rich).defaults:
-        twins = Twins(row, BUILD, **row.rich).run(1)
+    for key in row.stock(ORDINARY(), **row.rich).defaults:
+        twins = Twins(row, ORDINARY, **row.rich).run(1)
         twins.grads()
         outcomes = []
         for optimizer in twins.sides:
@@ -190,7 +188,7 @@ def test_clipped_grads(row: Row, clip: str) -> None:
 @pytest.mark.parametrize("low", [0.0, 0.8])
 def test_cycles_of_momentum(row: Row, kind: str, low: float) -> None:
     """A schedule of the momentum, or of the first beta, that also passes through 0."""
-    defaults = row.stock(BUILD(), **row.rich).defaults
+    defaults = row.stock(ORDINARY(), **row.rich).defaults
     if "momentum" not in defaults and "betas" not in defaults:
         pytest.skip("no momentum to cycle")
     range_of = {"base_momentum": low, "max_momentum": 0.9, "cycle_momentum": True}
@@ -200,7 +198,7 @@ def test_cycles_of_momentum(row: Row, kind: str, low: float) -> None:
             return CyclicLR(optimizer, 0.01, 0.2, step_size_up=2, **range_of)
         return OneCycleLR(optimizer, 0.2, total_steps=8, pct_start=0.5, **range_of)
 
-    twins = Twins(row, BUILD, **row.rich)
+    twins = Twins(row, ORDINARY, **row.rich)
     schedulers = [schedule(optimizer) for optimizer in twins.sides]
     seen = set()
     for _ in range(7):
@@ -219,7 +217,7 @@ def test_skipped_steps_touch_nothing(row: Row, flags: dict[str, Any], unscale: b
     if not flags.keys() <= options_of(row):
         pytest.skip("stock has no such flag")
     for warm in (0, 2):
-        optimizer = row.ours(BUILD(), **row.rich, **flags)
+        optimizer = row.ours(ORDINARY(), **row.rich, **flags)
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
 
         def attempt(overflow: bool, optimizer: Any = optimizer, scaler: Any = scaler) -> None:
@@ -264,7 +262,7 @@ def picture(optimizer: torch.optim.Optimizer) -> dict[Any, tuple[Any, ...]]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_default_dtype_that_changes(row: Row, dtype: torch.dtype) -> None:
     """The counter of steps has the dtype that stock's has, made before or after the change."""
-    twins = Twins(row, BUILD, **row.rich)
+    twins = Twins(row, ORDINARY, **row.rich)
     late = all_params(twins.ours)[0].shape
     twins.grads(lambda p: None if p.shape == late else torch.randn(p.shape, dtype=torch.float32))
     twins.step()
@@ -363,7 +361,7 @@ def test_shared_by_its_own_method(row: Row) -> None:
     """``share_memory()``, where stock has it (Adagrad): the states are shared and stay so."""
     if not hasattr(row.stock, "share_memory"):
         pytest.skip("stock has no such method")
-    twins = Twins(row, BUILD, **row.rich)
+    twins = Twins(row, ORDINARY, **row.rich)
     for optimizer in twins.sides:
         optimizer.share_memory()
     twins.run(3)

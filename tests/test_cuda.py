@@ -14,7 +14,7 @@ from oracle import all_params, assert_equal
 from places import Place, assert_alike, give, on_device, step_here, there_and_here
 from torch import Tensor
 from torch.nn import Parameter
-from twins import parameters, random_grad
+from twins import ORDINARY, parameters, random_grad
 
 import fastsgd
 from fastsgd import _C
@@ -163,7 +163,7 @@ def test_checkpoints_go_both_ways(row: Row, flags: dict[str, bool]) -> None:
 
 def test_a_checkpoint_of_the_cpu(row: Row) -> None:
     """It goes on as on the CPU."""
-    there, here = there_and_here(CUDA, row, parameters(*ORDINARY_SHAPES), **row.rich)
+    there, here = there_and_here(CUDA, row, ORDINARY, **row.rich)
     for step in range(2):
         give([here], step)
         step_here(here)
@@ -257,7 +257,7 @@ def test_several_devices(row: Row) -> None:
 
 def test_the_current_stream(row: Row) -> None:
     """A step waits for what its stream does, and on each stream the tables are there in time."""
-    pair = there_and_here(CUDA, row, parameters(*ORDINARY_SHAPES), **row.rich)
+    pair = there_and_here(CUDA, row, ORDINARY, **row.rich)
     streams = [torch.cuda.Stream() for _ in range(3)]
     torch.cuda.synchronize()
     for step in range(12):

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EXACT, LAYOUTS, ORDINARY_SHAPES, Layout, Row
+from cases import EXACT, LAYOUTS, Layout, Row
 from oracle import all_params, assert_equal
 from places import PLACES, Host, Place, assert_alike, give, step_both, step_here, there_and_here
 from torch import Tensor
 from torch.nn import Parameter
-from twins import parameters, random_grad
+from twins import ORDINARY, parameters, random_grad
 
 import fastsgd
 from fastsgd import _C
@@ -144,7 +144,7 @@ def test_a_learning_rate_on_the_device(row: Row, place: Place, dtype: torch.dtyp
 
 def test_scaled_gradients(row: Row, place: Place) -> None:
     """grad_scale and found_inf are read on the device: skipped steps leave values and counters."""
-    pair = there_and_here(place, row, parameters(*ORDINARY_SHAPES), **row.rich, **row.fused)
+    pair = there_and_here(place, row, ORDINARY, **row.rich, **row.fused)
     there, here = pair
     taken = 0
     for step, found_inf in enumerate((1.0, 0.0, 1.0, 1.0, 0.0, 0.0)):
@@ -180,7 +180,7 @@ def test_all_options_within_a_unit(row: Row, place: Place) -> None:
 
 def test_a_model_that_moves(row: Row, place: Place) -> None:
     """To the device and back, states and all: it goes on as if it had not."""
-    there, here = there_and_here(Host(), row, parameters(*ORDINARY_SHAPES), **row.rich)
+    there, here = there_and_here(Host(), row, ORDINARY, **row.rich)
     for step in range(6):
         to = place.device if step % 2 else torch.device("cpu")
         for p in all_params(there):

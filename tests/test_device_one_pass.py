@@ -27,7 +27,7 @@ from places import (
 from snapshot import Snapshot
 from torch import Tensor
 from torch.nn import Parameter
-from twins import parameters, random_grad
+from twins import ORDINARY, parameters, random_grad
 
 import fastsgd
 from fastsgd import _C
@@ -192,7 +192,7 @@ def test_skipped_steps(row: Row, place: Place, value: float, decay: Any, clear: 
 def test_under_a_scaler(row: Row, place: Place, clear: Any) -> None:
     """The norm is that of unscaled grads, which are not written; what it skips is not counted."""
     extras = {"max_grad_norm": 0.5, "ema_decay": warming, "clear_grads": clear}
-    pair = there_and_here(place, row, parameters(*ORDINARY_SHAPES), **row.rich, **extras)
+    pair = there_and_here(place, row, ORDINARY, **row.rich, **extras)
     for step, found_inf in enumerate((1.0, 0.0, 0.0, 1.0, 0.0)):
         give(pair, step, 1024)
         grads = copies(p.grad for p in all_params(pair[1]))
@@ -235,7 +235,7 @@ def test_a_schedule_that_raises(row: Row, place: Place) -> None:
 
 def test_averages_asked_for_later(row: Row, place: Place) -> None:
     """States and counters go on as they are."""
-    pair = there_and_here(place, row, parameters(*ORDINARY_SHAPES), **row.rich)
+    pair = there_and_here(place, row, ORDINARY, **row.rich)
     for step in range(6):
         for optimizer in pair:
             optimizer.ema_decay = None if step < 2 or step == 4 else warming
@@ -247,7 +247,7 @@ def test_averages_asked_for_later(row: Row, place: Place) -> None:
 def test_there_and_here_again(row: Row, place: Place) -> None:
     """The number of averages moves with the parameters, in checkpoints too."""
     extras = {"ema_decay": warming, "max_grad_norm": 1.0}
-    there, here = there_and_here(Host(), row, parameters(*ORDINARY_SHAPES), **row.rich, **extras)
+    there, here = there_and_here(Host(), row, ORDINARY, **row.rich, **extras)
     for step in range(6):
         to = place.device if step % 2 else torch.device("cpu")
         for p in all_params(there):

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import copy
-import os
-import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import EXACT, ORDINARY_SHAPES, REFUSE_SPARSE, TAKE_SPARSE, Row, flagged
-from oracle import all_params, assert_equal, stock_roots
+from cases import EXACT, REFUSE_SPARSE, TAKE_SPARSE, Row, flagged
+from oracle import all_params, assert_equal
 from snapshot import Snapshot
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from twins import Twins, check_state, parameters, random_grad
-
-from fastsgd import _C
+from twins import ORDINARY, Twins, check_state, parameters, random_grad
 
 takes_sparse = pytest.mark.parametrize("row", TAKE_SPARSE, ids=repr)
 
@@ -132,7 +125,7 @@ def test_complex(row: Row, dtype: torch.dtype, lazy: bool) -> None:
         pytest.skip("stock takes no lazy conjugates here: see the next test")
 
     def build() -> list[Tensor]:
-        return [Parameter(torch.randn(33, 5, dtype=dtype)), *parameters(*ORDINARY_SHAPES)()]
+        return [Parameter(torch.randn(33, 5, dtype=dtype)), *ORDINARY()]
 
     for options in (row.plain, row.rich, {**row.rich, "maximize": True}):
         twins = Twins(row, build, **options)
@@ -264,7 +257,7 @@ def test_weight_decay_that_requires_grad(row: Row) -> None:
     """Stock writes into the grads then, or refuses; so do we."""
     for requires_grad in (False, True):
         decay = torch.tensor(0.1, requires_grad=requires_grad)
-        twins = Twins(row, parameters(*ORDINARY_SHAPES), **{**row.rich, "weight_decay": decay})
+        twins = Twins(row, ORDINARY, **{**row.rich, "weight_decay": decay})
         for _ in range(3):
             twins.grads()
             if not twins.step_if_allowed(halfway=True):
@@ -275,7 +268,7 @@ def test_weight_decay_that_requires_grad(row: Row) -> None:
 
 def test_differentiable_flag_in_the_group(row: Row) -> None:
     """A checkpoint of a differentiable optimizer, loaded into an ordinary one."""
-    twins = Twins(row, parameters(*ORDINARY_SHAPES), **row.rich)
+    twins = Twins(row, ORDINARY, **row.rich)
     for optimizer in twins.sides:
         optimizer.param_groups[0]["differentiable"] = True
     twins.run(3)
@@ -401,76 +394,6 @@ def test_masked_and_parametrized(row: Row) -> None:
     assert_equal(*finals)
 
 
-# Tensors without memory, and modes.
-
-
-def test_meta(row: Row) -> None:
-    """Parameters on the meta device step to nothing, and get states on meta."""
-    p = Parameter(torch.empty(33, 5, device="meta"))
-    real = Parameter(torch.ones(70))
-    p.grad, real.grad = torch.empty(33, 5, device="meta"), torch.ones(70)
-    optimizer = row.ours([p, real], **row.rich)
-    optimizer.step()
-    optimizer.step()
-    for name in row.states:
-        assert optimizer.state[p][name].is_meta
-        assert not optimizer.state[real][name].is_meta
-    assert not torch.equal(real, torch.ones(70))
-
-
-def test_fake_tensors(row: Row) -> None:
-    """Under FakeTensorMode nothing real is read or written."""
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-
-    with FakeTensorMode():
-        net = nn.Linear(33, 5)
-        optimizer = row.ours(net.parameters(), **row.rich)
-        for _ in range(2):
-            optimizer.zero_grad()
-            net(torch.randn(3, 33)).sum().backward()
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-    for name in row.states:
-        assert isinstance(optimizer.state[net.weight][name], FakeTensor)
-
-
-def test_fake_parameters_outside_of_their_mode(row: Row) -> None:
-    """Fake parameters stepped after the mode was left."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode() as mode:
-        p = Parameter(torch.empty(70))
-        p.grad = torch.empty(70)
-    optimizer = row.ours([p], **row.rich)
-    optimizer.step()
-    optimizer.step()
-    assert optimizer.state[p][row.states[0]].fake_mode is mode
-
-
-class Counting(TorchDispatchMode):
-    """Count operators."""
-
-    def __init__(self) -> None:
-        """Start at none."""
-        super().__init__()
-        self.calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count and go on."""
-        self.calls += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_under_a_dispatch_mode(row: Row) -> None:
-    """A user's mode around the step does not change the result."""
-    twins = Twins(row, parameters(*ORDINARY_SHAPES), **row.rich)
-    for _ in range(3):
-        twins.grads()
-        with Counting():
-            twins.step()
-        twins.check()
-
-
 @pytest.mark.parametrize("where", ["parameter", "counter"])
 def test_option_in_written_memory(row: Row, where: str) -> None:
     """An lr that the step itself changes is read when stock reads it."""
@@ -491,120 +414,6 @@ def test_option_in_written_memory(row: Row, where: str) -> None:
             optimizer.step()
         finals.append([p.detach() for p in params])
     assert_equal(*finals)
-
-
-# torch.compile.
-
-
-@pytest.fixture
-def dynamo() -> Any:
-    """Compile from a clean slate."""
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield torch._dynamo
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize(**flagged())
-def test_compiled_step(row: Row, dynamo: Any, backend: str, flags: Any) -> None:
-    """A compiled function that calls ``step``: the numbers of stock that is not compiled.
-
-    Where it is, it may compute the scalars of a step in another way, in other precision.
-    """
-    for options in (row.plain, row.rich):
-        twins = Twins(row, parameters(*ORDINARY_SHAPES), **options, **flags)
-        compiled = torch.compile(lambda o=twins.ours: o.step(), backend=backend)
-        for _ in range(3):
-            twins.grads()
-            compiled()
-            twins.stock.step()
-            for p, q in twins.pairs():
-                assert_equal(p.detach(), q.detach())
-        assert [g.get("fused") for g in twins.ours.param_groups] == [flags.get("fused")]
-        assert [g.get("foreach") for g in twins.ours.param_groups] == [flags.get("foreach")]
-        twins.run(2)  # and on without compilation
-
-
-def test_compiled_step_in_bfloat16(row: Row, dynamo: Any) -> None:
-    """With ``fused=True`` every element moves (stock moves none of the whole registers)."""
-    p = Parameter(torch.ones(64, dtype=torch.bfloat16))
-    p.grad = torch.full_like(p, 2.0)
-    optimizer = row.ours([p], **row.plain, **row.fused)
-    torch.compile(lambda: optimizer.step(), backend="eager")()
-    assert bool((p != 1).all())
-
-
-def test_compiled_training_step(row: Row, dynamo: Any) -> None:
-    """Forward, backward, step and zero_grad in one compiled function; stock's is not compiled."""
-    finals = []
-    for cls, more in ((row.ours, {}), (row.stock, {"foreach": False})):
-        torch.manual_seed(0)
-        net = nn.Linear(33, 17)
-        optimizer = cls(net.parameters(), **row.rich, **more)
-
-        def train(x: Tensor, net: Any = net, optimizer: Any = optimizer) -> None:
-            loss = net(x).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        compiled = torch.compile(train, backend="eager") if cls is row.ours else train
-        for step in range(4):
-            torch.manual_seed(step)
-            compiled(torch.randn(5, 33))
-        finals.append([p.detach() for p in net.parameters()])
-    assert_equal(*finals)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_unwrapped_step_traces_as_one_graph(row: Row, dynamo: Any, backend: str) -> None:
-    """``step.__wrapped__.__wrapped__`` traces with ``fullgraph=True``, as stock's does."""
-    twins = Twins(row, parameters(*ORDINARY_SHAPES), **row.rich)
-    compiled = []
-    for optimizer in twins.sides:
-        step = optimizer.step.__wrapped__.__wrapped__
-
-        @torch.compile(backend=backend, fullgraph=True)
-        def traced(step: Any = step, optimizer: Any = optimizer) -> None:
-            with torch.no_grad():
-                step(optimizer)
-
-        compiled.append(traced)
-    for _ in range(3):
-        twins.grads()
-        for traced in compiled:
-            with stock_roots():  # dynamo knows torch's own functions
-                traced()
-        for p, q in twins.pairs():
-            assert_equal(p.detach(), q.detach())
-
-
-def test_wrapped_steps_run_eagerly_too(row: Row) -> None:
-    """The unwrapped functions step when called."""
-    twins = Twins(row, parameters(*ORDINARY_SHAPES), **row.rich)
-    for unwrap in (lambda s: s.__wrapped__, lambda s: s.__wrapped__.__wrapped__):
-        twins.grads()
-        for optimizer in twins.sides:
-            with torch.no_grad():
-                unwrap(type(optimizer).step)(optimizer)
-        twins.check()
-
-
-@pytest.mark.slow
-def test_inductor(row: Row, dynamo: Any) -> None:
-    """The default backend."""
-    if os.system("c++ --version > /dev/null") != 0:
-        pytest.skip("no compiler")
-    twins = Twins(row, parameters((33, 17), (70,)), **row.rich)
-    compiled = [torch.compile(lambda o=o: o.step()) for o in twins.sides]
-    for _ in range(3):
-        twins.grads()
-        for step in compiled:
-            step()
-        for p, q in twins.pairs():
-            torch.testing.assert_close(p.detach(), q.detach())
 
 
 # Both in one step.
@@ -758,191 +567,6 @@ def test_memory_shared_with_a_state_of_a_subclass(row: Row) -> None:
     twins.step()
     for mine, theirs in twins.pairs():
         assert_equal(mine.detach(), theirs.detach())
-
-
-def test_groups_of_another_type(row: Row) -> None:
-    """A group may be any mapping with items of its own making; stock's code reads those."""
-
-    class Doubled(dict):
-        def __getitem__(self, key: str) -> Any:
-            value = super().__getitem__(key)
-            return 2 * value if key == "lr" else value
-
-    twins = Twins(row, parameters((131,), (70,)), **row.plain)
-    for optimizer in twins.sides:
-        optimizer.param_groups = (Doubled(optimizer.param_groups[0]),)
-    for _ in range(2):
-        twins.grads()
-        for optimizer in twins.sides:
-            optimizer.step()
-        for p, q in twins.pairs():
-            assert_equal(p.detach(), q.detach())
-    for optimizer in twins.sides:
-        optimizer.zero_grad()
-        assert all(p.grad is None for p in all_params(optimizer))
-
-
-class Cold(dict):
-    """States of a parameter that are brought from elsewhere when they are asked for."""
-
-    def __getitem__(self, key: str) -> Any:
-        """Return twice what is stored."""
-        value = super().__getitem__(key)
-        return 2 * value if isinstance(value, Tensor) and value.dim() > 0 else value
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return the same."""
-        return self[key] if key in self else default
-
-
-class Unfrozen(list):
-    """Parameters, without those that are frozen."""
-
-    def __iter__(self) -> Any:
-        """Leave out what has another number of elements than 131."""
-        return (p for p in super().__iter__() if p.numel() == 131)
-
-
-class Elsewhere(defaultdict):
-    """The states of all parameters, which begin as something else."""
-
-    def __missing__(self, key: Tensor) -> Any:
-        """Enter states of its own."""
-        self[key] = Cold()
-        return self[key]
-
-
-def cold_states(optimizer: Any) -> None:
-    for p in all_params(optimizer):
-        optimizer.state[p] = Cold(optimizer.state[p])
-
-
-def unfrozen_params(optimizer: Any) -> None:
-    group = optimizer.param_groups[0]
-    group["params"] = Unfrozen(group["params"])
-
-
-def unfrozen_groups(optimizer: Any) -> None:
-    class OfTheFirst(list):
-        def __iter__(self) -> Any:
-            return iter([self[0]])
-
-    optimizer.param_groups = OfTheFirst(optimizer.param_groups)
-
-
-def states_elsewhere(optimizer: Any) -> None:
-    optimizer.state = Elsewhere(dict, {})
-
-
-def another_factory(optimizer: Any) -> None:
-    optimizer.state = defaultdict(Cold, {})
-
-
-CONTAINERS = [cold_states, unfrozen_params, unfrozen_groups, states_elsewhere, another_factory]
-
-
-@pytest.mark.parametrize("put", CONTAINERS, ids=lambda f: f.__name__)
-def test_containers_of_another_type(row: Row, put: Callable[[Any], None]) -> None:
-    """What the groups and states are kept in may mean something else by its items."""
-    twins = Twins(
-        row, lambda: [{"params": parameters((131,), (70,))()} for _ in range(2)], **row.rich
-    ).run(2)
-    pairs = list(twins.pairs())
-    twins.grads()
-    for optimizer in twins.sides:
-        put(optimizer)
-    for _ in range(2):
-        for optimizer in twins.sides:
-            optimizer.step()
-        for p, q in pairs:
-            assert_equal(p.detach(), q.detach())
-    for optimizer in twins.sides:
-        optimizer.zero_grad()
-    for p, q in pairs:
-        assert (p.grad is None) == (q.grad is None)
-
-
-def test_groups_that_are_a_property(row: Row) -> None:
-    """A class that says itself what its groups are."""
-
-    def doubled(optimizer: Any) -> Any:
-        class Own(type(optimizer)):
-            param_groups = property(
-                lambda self: [{**g, "lr": 2 * g["lr"]} for g in self.__dict__["param_groups"]]
-            )
-
-        copied = copy.copy(optimizer)
-        copied.__class__ = Own
-        return copied
-
-    twins = Twins(row, parameters((131,), (70,)), **row.rich)
-    for _ in range(2):
-        twins.grads()
-        for optimizer in twins.sides:
-            doubled(optimizer).step()
-        twins.check()
-
-
-class Logging(TorchFunctionMode):
-    """Note what is called."""
-
-    def __init__(self) -> None:
-        """Begin with nothing."""
-        super().__init__()
-        self.calls: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note and go on."""
-        self.calls.append(getattr(func, "__name__", ""))
-        return func(*args, **(kwargs or {}))
-
-
-def test_under_a_function_mode(row: Row) -> None:
-    """A user's mode sees the operators of a step, as with stock."""
-    twins = Twins(row, parameters((131,), (70,)), **row.rich)
-    for _ in range(2):
-        twins.grads()
-        modes = Logging(), Logging()
-        for mode, optimizer in zip(modes, twins.sides, strict=True):
-            with mode:
-                optimizer.step()
-        twins.check()
-        mine, theirs = (
-            [c for c in mode.calls if c.endswith("_") and not c.startswith("_")] for mode in modes
-        )
-        assert mine == theirs and theirs
-
-
-def test_under_a_default_device(row: Row) -> None:
-    """A default device that is the CPU changes nothing: the kernels step."""
-    twins = Twins(row, parameters((131,), (70,)), **row.rich)
-    torch.set_default_device("cpu")
-    try:
-        twins.run(2)
-        twins.grads()
-        assert _C.step(twins.ours)
-    finally:
-        torch.set_default_device(None)
-
-
-def test_inside_a_transform(row: Row) -> None:
-    """Within torch.func stock's code runs, and refuses or does what it does."""
-
-    def outcome(optimizer: Any) -> Any:
-        def loss(x: Tensor) -> Tensor:
-            optimizer.step()
-            return x.sum()
-
-        try:
-            torch.func.grad(loss)(torch.ones(3))
-        except RuntimeError as refused:
-            return str(refused)
-        return [p.detach().clone() for p in all_params(optimizer)]
-
-    twins = Twins(row, parameters((131,)), **row.rich)
-    twins.grads()
-    mine, theirs = (outcome(optimizer) for optimizer in twins.sides)
-    assert mine == theirs if isinstance(theirs, str) else not assert_equal(mine, theirs)
 
 
 def test_memory_hidden_in_a_wrapper(row: Row) -> None:

@@ -10,9 +10,9 @@ import isolated
 import preload
 import pytest
 import torch
-from cases import OPTIMIZERS, ORDINARY_SHAPES, Row
+from cases import OPTIMIZERS, Row
 from oracle import all_params
-from twins import parameters
+from twins import ORDINARY
 
 from fastsgd.bench import malloc
 
@@ -70,7 +70,7 @@ def test_a_warm_step_allocates_nothing(row: Row, tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", ["plain", "rich"])
 def test_no_tensor_is_made_by_a_warm_step(row: Row, options: str) -> None:
     """Torch's allocator, watched by the profiler, is not called."""
-    optimizer = row.ours(parameters(*ORDINARY_SHAPES)(), **getattr(row, options))
+    optimizer = row.ours(ORDINARY(), **getattr(row, options))
     for p in all_params(optimizer):
         p.grad = torch.ones_like(p)
     for _ in range(3):

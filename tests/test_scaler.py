@@ -9,7 +9,7 @@ import torch
 from cases import DTYPES, EXACT, HALVES, ORDINARY_SHAPES, TAKE_FUSED, Row, flagged
 from oracle import Float64Step, all_params, assert_equal
 from torch import Tensor
-from twins import Twins, check_state, parameters, random_grad
+from twins import ORDINARY, Twins, check_state, parameters, random_grad
 
 SCALE = 1024.0
 fused = pytest.mark.parametrize("row", TAKE_FUSED, ids=repr)
@@ -196,7 +196,7 @@ def test_mixed_dtypes_and_groups(row: Row, flags: Any) -> None:
     def build() -> list[dict[str, Any]]:
         return [
             {"params": parameters(*ORDINARY_SHAPES, dtype=torch.float64)()},
-            {"params": parameters(*ORDINARY_SHAPES)(), **row.plain},
+            {"params": ORDINARY(), **row.plain},
         ]
 
     scaled = Scaled(Twins(row, build, **row.rich, **flags))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import ORDINARY_SHAPES, Row
 from oracle import all_params, assert_equal, one_thread, strides
 from snapshot import Snapshot
 from torch import Tensor
@@ -159,3 +160,15 @@ def parameters(*shapes: Sequence[int], dtype: torch.dtype = torch.float32) -> Bu
         return [torch.nn.Parameter(torch.randn(s, dtype=torch.float64).to(dtype)) for s in shapes]
 
     return build
+
+
+ORDINARY = parameters(*ORDINARY_SHAPES)
+
+
+def stepped(row: Row, **options: Any) -> torch.optim.Optimizer:
+    """Return our optimizer after one step."""
+    optimizer = row.ours(ORDINARY(), **(options or row.rich))
+    for p in all_params(optimizer):
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    return optimizer
