@@ -275,7 +275,7 @@ def steps(python, folder):
 
 def required(python):
     code = "from importlib import metadata; print(metadata.requires('fastsgd')[0])"
-    return last_line(run(python, "-c", code))
+    return last_line(run(python, "-I", "-c", code))  # not of the source tree, if that is here
 
 
 @from_source
