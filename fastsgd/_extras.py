@@ -251,8 +251,8 @@ class WithExtras(Optimizer):
             if isinstance(param_group, dict) and name in param_group:
                 raise ValueError(
                     f"{name} belongs to the optimizer and not to a group: pass it to the "
-                    f"constructor, or set optimizer.{name}. (A ZeroRedundancyOptimizer, which hands "
-                    "options to groups, cannot have it.)"
+                    f"constructor, or set optimizer.{name}. (A ZeroRedundancyOptimizer, which "
+                    "hands options to groups, cannot have it.)"
                 )
         super().add_param_group(param_group)
         try:
