@@ -48,8 +48,6 @@ PYTEST := $(BIN)/pytest -p no:cacheprovider --capture=sys
 # The core of the suite: what reads and writes memory in every way.
 CORE ?= $(patsubst %,tests/test_%.py,averages clearing clip_grad_norm clipping counters device \
     device_extras device_one_pass ema_weights extras faults histories memory properties safety)
-# Left out: a thread's end, which is caught as a reference to nothing, and so reported.
-CORE += --deselect tests/test_safety.py::test_the_interpreter_ends_during_a_step
 sanitize: build/sanitize/built
 	$(call with,sanitize) $(call preloaded,asan ubsan) ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=$(UBSAN_OPTIONS) $(PYTEST) -n $(JOBS) $(CORE)

@@ -5,7 +5,6 @@
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/neg.h>
 #include <Python.h>
-#include <cxxabi.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -23,7 +22,7 @@ class WithoutGil {
     if (state_ == nullptr) return;
     try {
       PyEval_RestoreThread(state_);
-    } catch (abi::__forced_unwind&) {
+    } catch (...) {
       // The interpreter has ended, and before Python 3.14 it unwinds a thread that wants it back.
       // What is further up would let go of objects without the GIL: this thread goes no further.
       for (;;) pause();
