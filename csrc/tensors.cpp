@@ -130,10 +130,7 @@ void check_counter(Place place, const c10::TensorImpl& counter) {
   TORCH_CHECK(counter.numel() == 1, at_place(place), ": its state 'step' has shape ",
               counter.sym_sizes(), ", and must be one number. Is the checkpoint corrupt?");
   if (!counter.version_counter().enabled()) check_inference_mode(place, "its state 'step'");
-  TORCH_CHECK(!plain().is(counter) || static_cast<std::int64_t>(counter.storage().nbytes()) >=
-                                          (counter.storage_offset() + 1) *
-                                              static_cast<std::int64_t>(counter.itemsize()),
-              at_place(place), ": the storage of its state 'step' holds ",
+  TORCH_CHECK(has_memory(counter), at_place(place), ": the storage of its state 'step' holds ",
               counter.storage().nbytes(),
               " bytes, too few for one number. Was it freed or resized?");
 }
