@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import isolated
 import pytest
 import torch
 from setuptools.errors import CompileError
@@ -18,7 +19,7 @@ from fastsgd import _C, _build_info, _stock
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "setup.py").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))  # last, as what is imported from there may be another build
 
 from build_support import cuda, variants  # noqa: E402
 
@@ -258,3 +259,9 @@ def test_a_build_for_other_devices(on, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_device_of_another_kind(on) -> None:
     (text,) = on("xpu:0")
     assert text.startswith("fastsgd has kernels for the CPU and for CUDA: parameters on xpu are")
+
+
+def test_what_a_test_starts_is_of_the_same_build() -> None:
+    """Also of a build beside the installed one."""
+    found = isolated.run("from fastsgd import _C; print(_C.__file__)")
+    assert found.strip() == _C.__file__

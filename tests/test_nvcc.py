@@ -18,7 +18,7 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "setup.py").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))  # last, as what is imported from there may be another build
 
 from build_support import cuda, extension  # noqa: E402
 
