@@ -20,8 +20,7 @@
 #include "plain.h"
 #include "pydict.h"
 #include "pytensor.h"
-#include "rules/table.h"
-#include "walk.h"
+#include "walkers.h"
 #ifdef FASTSGD_COVERAGE
 extern "C" void __gcov_dump();
 #endif
@@ -29,19 +28,19 @@ extern "C" void __gcov_dump();
 namespace fastsgd {
 namespace {
 
-// The Python object that holds an optimizer's walker.
-struct WalkerObject {
-  PyObject_HEAD Walker* walker;
+// The Python object that holds an optimizer's walkers.
+struct WalkersObject {
+  PyObject_HEAD Walkers* walkers;
 };
 
 void delete_holder(PyObject* self) {
   PyTypeObject* type = Py_TYPE(self);
-  delete reinterpret_cast<WalkerObject*>(self)->walker;
+  delete reinterpret_cast<WalkersObject*>(self)->walkers;
   type->tp_free(self);
   Py_DECREF(type);
 }
 
-// A walker is no state: its copy, deep or pickled, is None, and means that one is still to be made.
+// Walkers are no state: their copy, deep or pickled, is None, and means that they are to be made.
 PyObject* reduce_to_none(PyObject*, PyObject*) {
   return Py_BuildValue("(O())", reinterpret_cast<PyObject*>(Py_TYPE(Py_None)));
 }
@@ -52,64 +51,37 @@ PyTypeObject* holder_type() {
   static PyType_Slot slots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(delete_holder)},
                                 {Py_tp_methods, methods},
                                 {0, nullptr}};
-  static PyType_Spec spec = {"fastsgd._C.Walker", sizeof(WalkerObject), 0,
+  static PyType_Spec spec = {"fastsgd._C.Walkers", sizeof(WalkersObject), 0,
                              Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
   static PyObject* const type = PyType_FromSpec(&spec);
   return reinterpret_cast<PyTypeObject*>(type);
 }
 
-// Whether an object has an attribute. Throws what asking raises but for its absence.
-bool has_attribute(PyObject* object, const char* name) {
-  const Ref found = Ref::steal(PyObject_GetAttrString(object, name));
-  if (!found && !PyErr_ExceptionMatches(PyExc_AttributeError)) throw python_error();
-  PyErr_Clear();
-  return static_cast<bool>(found);
-}
-
-std::unique_ptr<Walker> new_walker(PyObject* optimizer) {
-  const Ref name = Ref::steal(checked(PyObject_GetAttrString(optimizer, "_rule")));
-  const char* text = PyUnicode_AsUTF8(name.get());
-  if (text == nullptr) throw python_error();
-  const int rule = find_rule(text);
-  TORCH_CHECK_VALUE(rule >= 0, "this build of fastsgd has no rule called '", text,
-                    "': build it again, if the class is newer than the build.");
-  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(optimizer));
-  bool foreign = false;
-  for (const char* own : {"param_groups", "state", "defaults"}) {
-    foreign |= has_attribute(type, own);
-  }
-  return std::make_unique<Walker>(rule, foreign);
-}
-
-// The walker of an optimizer: made at the first call, kept among the optimizer's attributes. It is
-// no state, so pickles and copies do without. One that is busy is left alone, and a new one lent.
-class Borrowed {
+// The walkers of an optimizer, alive for as long as this is: made at the first call, kept among the
+// optimizer's attributes. They are no state, so pickles and copies do without.
+class WalkersOf {
  public:
-  explicit Borrowed(PyObject* optimizer) {
+  explicit WalkersOf(PyObject* optimizer) : optimizer_(optimizer) {
     // Never destroyed: that would be after the interpreter.
-    static DictKey& key = *new DictKey("_fastsgd_walker");
+    static DictKey& key = *new DictKey("_fastsgd_walkers");
     const Ref attributes = Ref::steal(checked(PyObject_GenericGetDict(optimizer, nullptr)));
     PyObject* found = key.in(attributes.get());
     PyTypeObject* type = holder_type();
     if (found != nullptr && Py_TYPE(found) == type) {
       holder_ = Ref::borrow(found);
-      walker_ = reinterpret_cast<WalkerObject*>(found)->walker;
-      if (!walker_->busy) return;
-      lent_ = new_walker(optimizer);
-      walker_ = lent_.get();
       return;
     }
-    auto made = new_walker(optimizer);
+    auto made = std::make_unique<Walkers>();
     holder_ = Ref::steal(checked(type->tp_alloc(type, 0)));
-    walker_ = reinterpret_cast<WalkerObject*>(holder_.get())->walker = made.release();
+    reinterpret_cast<WalkersObject*>(holder_.get())->walkers = made.release();
     if (PyDict_SetItem(attributes.get(), key.name(), holder_.get()) != 0) throw python_error();
   }
-  Walker* operator->() const { return walker_; }
+  Walkers* operator->() const { return reinterpret_cast<WalkersObject*>(holder_.get())->walkers; }
+  Walker& idle() const { return (*this)->idle(optimizer_); }
 
  private:
-  Ref holder_;  // keeps the walker while it works
-  std::unique_ptr<Walker> lent_;
-  Walker* walker_ = nullptr;
+  PyObject* optimizer_;
+  Ref holder_;
 };
 
 // Calls with memory that has run out as Python's MemoryError; torch would make a RuntimeError of it
@@ -127,16 +99,18 @@ PyObject* with_memory_errors(Call call) {
 
 PyObject* step(PyObject*, PyObject* optimizer) {
   return with_memory_errors([&] {
-    const Borrowed walker(optimizer);
-    return PyBool_FromLong(walker->unobserved(optimizer) && walker->step(optimizer));
+    const WalkersOf walkers(optimizer);
+    Walker& walker = walkers.idle();
+    return PyBool_FromLong(walker.unobserved(optimizer) && walker.step(optimizer));
   });
 }
 
 PyObject* step_or_route(PyObject*, PyObject* optimizer) {
   return with_memory_errors([&]() -> PyObject* {
-    const Borrowed walker(optimizer);
-    if (walker->step(optimizer)) Py_RETURN_NONE;
-    return py::cast(walker->routes()).release().ptr();
+    const WalkersOf walkers(optimizer);
+    Walker& walker = walkers.idle();
+    if (walker.step(optimizer)) Py_RETURN_NONE;
+    return py::cast(walker.routes()).release().ptr();
   });
 }
 
@@ -147,9 +121,9 @@ PyObject* zero_grad(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     if (set_to_none < 0 || observed < 0) throw python_error();
     if (!observed && at::hasCallbacks()) Py_RETURN_NONE;
     const Ref list = Ref::steal(checked(PyList_New(0)));
-    const Borrowed walker(arguments[0]);
+    const WalkersOf walkers(arguments[0]);
     std::vector<Ref> others;
-    if (!walker->zero_grad(arguments[0], set_to_none != 0, others)) Py_RETURN_NOTIMPLEMENTED;
+    if (!walkers.idle().zero_grad(arguments[0], set_to_none != 0, others)) Py_RETURN_NOTIMPLEMENTED;
     for (const Ref& other : others) {
       if (PyList_Append(list.get(), other.get()) != 0) throw python_error();
     }
@@ -158,16 +132,16 @@ PyObject* zero_grad(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   });
 }
 
-// Of one optimizer: what its last steps found.
+// Of one optimizer: what its last steps found. Another may be under way.
 py::object grad_norm(py::handle optimizer) {
-  const at::Tensor norm = Borrowed(optimizer.ptr())->grad_norm();
+  const at::Tensor norm = WalkersOf(optimizer.ptr())->grad_norm();
   return norm.defined() ? py::cast(norm) : py::none();
 }
 std::int64_t skipped_steps(py::handle optimizer) {
-  return Borrowed(optimizer.ptr())->skipped_steps();
+  return WalkersOf(optimizer.ptr())->skipped_steps();
 }
 void note(py::handle optimizer, const at::Tensor& norm, bool skipped) {
-  Borrowed(optimizer.ptr())->note(norm, skipped);
+  WalkersOf(optimizer.ptr())->note(norm, skipped);
 }
 
 PyMethodDef methods[] = {

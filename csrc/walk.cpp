@@ -34,8 +34,9 @@ PyObject* attributes_of(PyObject* object) {
   return dict.get();
 }
 
-Walker::Walker(int rule, bool foreign)
+Walker::Walker(int rule, bool foreign, Findings& findings)
     : foreign_(foreign),
+      findings_(findings),
       rule_(rule_at(rule)),
       rule_number_(rule),
       options_(rule_),
@@ -203,6 +204,7 @@ void Walker::take_step(PyObject* attributes, Averaged& averaged) {
     last();
   }
   plan_.run(around, true);
+  if (measuring_.any) findings_.found_there(*alone(), measuring_.is_double);
   for (cuda::DeviceWork* work : works_) work->launch();
 }
 

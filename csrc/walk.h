@@ -10,6 +10,7 @@
 
 #include "cuda/devices.h"
 #include "extras.h"
+#include "findings.h"
 #include "options.h"
 #include "plan.h"
 #include "pydict.h"
@@ -22,12 +23,13 @@ namespace fastsgd {
 // For each group, the indices of the parameters that only stock's path can take.
 using Routes = std::vector<std::vector<std::int64_t>>;
 
-// What one optimizer keeps between steps: memory, and hints of where things were. Nothing that it
+// What an optimizer keeps between steps: memory, and hints of where things were. Nothing that it
 // keeps is believed without being compared, and none of it is state: losing it costs one slow step.
 class Walker {
  public:
   // `foreign`: an optimizer whose class says itself what its groups or its state are.
-  Walker(int rule, bool foreign);
+  // `findings`: the optimizer's, into which a step enters its own.
+  Walker(int rule, bool foreign, Findings& findings);
 
   // Learns where torch keeps the hooks of all optimizers. To be called once, before any question.
   static void learn_hooks();
@@ -40,12 +42,8 @@ class Walker {
   bool step(PyObject* optimizer);
   const Routes& routes() const { return routes_; }
 
-  // What the last step with a norm measured, as a tensor; undefined before. And how many steps were
-  // skipped.
-  at::Tensor grad_norm() const;
-  std::int64_t skipped_steps() const;
-  // The same of a step of which Python took a part.
-  void note(const at::Tensor& grad_norm, bool skipped);
+  // How many steps devices have skipped.
+  std::int64_t skipped_there() const;
 
   // Resets the gradients and returns true, with the parameters that are not plain tensors left in
   // `others`; or does nothing and returns false, where the groups are kept in some way of their
@@ -154,6 +152,7 @@ class Walker {
   bool add_zero(const at::Tensor& grad);
 
   const bool foreign_;
+  Findings& findings_;
   const Rule& rule_;
   int rule_number_;
   OptionReader options_;
@@ -184,17 +183,9 @@ class Walker {
   bool looks_before_clearing_ = false;
   bool walks_again_ = false;  // as that has turned out to be wrong
   std::int32_t average_row_ = -1;
-  bool has_shards_ = false;            // some parameters of this walk are distributed
-  std::vector<at::Tensor> in_graphs_;  // gradients to detach once they are zero
-  double norm_ = 0;                    // of the last step that had one
-  bool has_norm_ = false, norm_is_double_ = false;
-  at::Tensor grad_norm_;                    // in its place, if Python found it
-  cuda::DeviceWork* norm_there_ = nullptr;  // in the place of both, if a device did
-  cuda::Measuring measuring_;               // what a device is to find at this step
-  std::int64_t skipped_ = 0;                // without those that devices have
-  // How many averages a device has counted, if that is known here, and in which tensor.
-  std::int64_t averages_known_ = 0;
-  const c10::TensorImpl* averages_known_of_ = nullptr;
+  bool has_shards_ = false;                         // some parameters of this walk are distributed
+  std::vector<at::Tensor> in_graphs_;               // gradients to detach once they are zero
+  cuda::Measuring measuring_;                       // what a device is to find at this step
   bool new_grads_ = false, grads_are_new_ = false;  // at this step; at the last one
 };
 

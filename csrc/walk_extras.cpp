@@ -1,6 +1,5 @@
 // The part of a step that is not the rule's: the norm, averages, clearing.
 #include <ATen/ops/full.h>
-#include <ATen/ops/scalar_tensor.h>
 
 #include <cmath>
 #include <utility>
@@ -31,47 +30,31 @@ bool Walker::norm_is_apart() const {
 bool Walker::measure() {
   cuda::DeviceWork* there = alone();
   Plan& plan = there != nullptr && there->plan.steps() ? there->plan : plan_;
-  norm_is_double_ = plan.any_double();
-  grad_norm_ = at::Tensor();
+  const bool is_double = plan.any_double();
   if (&plan != &plan_) {
-    norm_there_ = there;
-    measuring_ = {true,           extras_->order,    norm_is_double_,
+    measuring_ = {true,           extras_->order,    is_double,
                   extras_->clips, extras_->max_norm, extras_->skips};
     return true;
   }
   Measured measured = plan.measure(extras_->order);
-  norm_ = norm_of(measured, extras_->order, scaling_.scale, norm_is_double_);
-  norm_there_ = nullptr;
-  has_norm_ = true;
-  if (extras_->raises && !std::isfinite(norm_)) {
+  const double norm = norm_of(measured, extras_->order, scaling_.scale, is_double);
+  findings_.found(norm, is_double);
+  if (extras_->raises && !std::isfinite(norm)) {
     static auto& raise = *new PyCall("fastsgd._norm", "raise_if_nonfinite");
-    const Ref norm = Ref::steal(checked(THPVariable_Wrap(grad_norm())));
+    const Ref tensor = Ref::steal(checked(THPVariable_Wrap(findings_.grad_norm())));
     const bool is_two = extras_->order == Order::kTwo;
-    raise(norm.get(), Ref::steal(checked(PyFloat_FromDouble(is_two ? 2 : INFINITY))).get());
+    raise(tensor.get(), Ref::steal(checked(PyFloat_FromDouble(is_two ? 2 : INFINITY))).get());
   }
-  factor_ = clip_factor(norm_, norm_is_double_, extras_->max_norm);
+  factor_ = clip_factor(norm, is_double, extras_->max_norm);
   const bool skips = extras_->skips && measured.not_finite != 0;
-  if (skips) ++skipped_;
+  if (skips) ++findings_.skipped;
   return !skips;
 }
 
-at::Tensor Walker::grad_norm() const {
-  if (norm_there_ != nullptr) return norm_there_->norm(norm_is_double_);
-  if (grad_norm_.defined()) return grad_norm_.clone();
-  if (!has_norm_) return {};
-  return at::scalar_tensor(norm_, norm_is_double_ ? at::kDouble : at::kFloat);
-}
-
-std::int64_t Walker::skipped_steps() const {
-  std::int64_t skipped = skipped_;
+std::int64_t Walker::skipped_there() const {
+  std::int64_t skipped = 0;
   for (const auto& work : devices_.all()) skipped += work->skipped();
   return skipped;
-}
-
-void Walker::note(const at::Tensor& grad_norm, bool skipped) {
-  norm_there_ = nullptr;
-  grad_norm_ = grad_norm;
-  skipped_ += skipped;
 }
 
 // --- around the rule ----------------------------------------------------------------------------
@@ -142,8 +125,8 @@ void Walker::bring_count(Averaged& averaged, cuda::DeviceWork& there, Known know
     averaged.count = known();
     averaged.there = at::full({}, averaged.count, options);
   } else if (has_schedule) {
-    const bool is_known = averages_known_of_ == averaged.there.unsafeGetTensorImpl();
-    averaged.count = is_known && !there.captured() ? averages_known_ : known();
+    const bool is_known = findings_.averages_of == averaged.there.unsafeGetTensorImpl();
+    averaged.count = is_known && !there.captured() ? findings_.averages : known();
   }
   if (captures) {  // the graph counts on, whatever becomes of the optimizer
     static auto& kept = *new std::vector<at::Tensor>;
@@ -161,8 +144,8 @@ void Walker::end_average(PyObject* attributes, Averaged& averaged) {
   }
   const bool may_skip = scaling_.found_inf_at != nullptr || measuring_.skips;
   const bool is_known = averaged.there.defined() && extras_->schedule != nullptr && !may_skip;
-  averages_known_ = averaged.count;
-  averages_known_of_ = is_known ? averaged.there.unsafeGetTensorImpl() : nullptr;
+  findings_.averages = averaged.count;
+  findings_.averages_of = is_known ? averaged.there.unsafeGetTensorImpl() : nullptr;
   extras_reader_.keep(attributes, averaged);
 }
 
