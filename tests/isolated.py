@@ -6,22 +6,28 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 
-def run(code: str, *, timeout: float = 120, env: dict[str, str] | None = None) -> str:
+def run(code: str, *, timeout: float = 120, env: Mapping[str, str | None] | None = None) -> str:
     """Run ``code``; otherwise as :func:`python`."""
     return python("-c", textwrap.dedent(code), timeout=timeout, env=env)
 
 
-def python(*arguments: str, timeout: float = 120, env: dict[str, str] | None = None) -> str:
+def python(
+    *arguments: str, timeout: float = 120, env: Mapping[str, str | None] | None = None
+) -> str:
     """Run Python with arguments, the tests' modules importable; return what it printed.
+
+    ``env`` says what is else in its environment; None takes a name away.
 
     Raises:
         AssertionError: It failed, crashed or took longer than ``timeout`` seconds.
     """
     paths = [str(Path(__file__).parent), *(p or os.getcwd() for p in sys.path)]
-    surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(env or {})}
+    wanted = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(env or {})}
+    surroundings = {name: value for name, value in wanted.items() if value is not None}
     if arguments[0] != "-c":  # a script finds what lies beside it
         surroundings.pop("PYTHONSAFEPATH", None)
     command = [sys.executable, *arguments]

@@ -379,8 +379,9 @@ def test_the_timed_steps_move_little(rule: Rule) -> None:
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="the counting malloc needs a C compiler")
-def test_a_warm_step_allocates_nothing() -> None:
+def test_a_warm_step_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     preload.skip_unless_possible()
+    monkeypatch.delenv(preload.TRACER, raising=False)
     found = {(m.what, m.mode): m for m in memory(2, ["1000x16"])}
     for rule in (RULES["momentum"], RULES["adamw"]):
         ours, stock = found[rule.title, "fastsgd"], found[rule.title, "default"]

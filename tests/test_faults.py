@@ -151,14 +151,14 @@ static int refuses(void) {
 
 
 @pytest.fixture(scope="module")
-def failing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def failing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
     """The environment of a process whose allocations can be made to fail, Python's too."""
     folder = tmp_path_factory.mktemp("failing")
     return {**preload.surroundings(FAILING, folder), "PYTHONMALLOC": "malloc"}
 
 
 @two_rows
-def test_no_memory(row: Row, failing: dict[str, str]) -> None:
+def test_no_memory(row: Row, failing: dict[str, str | None]) -> None:
     """Each allocation fails in its turn: one sentence, nothing done, and the next time it is."""
     isolated.run(
         f"""
