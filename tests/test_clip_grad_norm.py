@@ -103,8 +103,23 @@ def of_infinite(p: Tensor) -> Any:
     return [p]
 
 
+class Own(Tensor):
+    """A class that the kernels do not know."""
+
+
+def of_a_class(p: Tensor) -> Any:
+    p.grad = p.grad.as_subclass(Own)
+    return [p]
+
+
+def of_a_class_and_complex(p: Tensor) -> Any:
+    params = of_complex(p)
+    params[1].grad = params[1].grad.as_subclass(Own)
+    return params
+
+
 KINDS = (of_one, of_generator, of_none, of_empty_generator)
-KINDS += (of_sparse, of_complex, of_expanded, of_infinite)
+KINDS += (of_sparse, of_complex, of_expanded, of_infinite, of_a_class, of_a_class_and_complex)
 
 
 @pytest.mark.parametrize("strict", [False, True])
