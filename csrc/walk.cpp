@@ -185,9 +185,10 @@ void Walker::take_step(PyObject* attributes, Averaged& averaged) {
     for (cuda::DeviceWork* work : works_) work->plan.retain();
   };
   if (extras_->schedule != nullptr) retain();
-  if (extras_->averages) begin_average(averaged);
+  cuda::DeviceWork* there = alone();
+  if (extras_->averages) begin_average(averaged, there);
   const Around around = this->around();
-  const bool counts_there = averaged.there.defined() && alone() != nullptr;
+  const bool counts_there = averaged.there.defined() && there != nullptr;
   auto* counted_there =
       static_cast<std::int64_t*>(counts_there ? averaged.there.mutable_data_ptr() : nullptr);
   for (cuda::DeviceWork* work : works_) {
@@ -195,7 +196,7 @@ void Walker::take_step(PyObject* attributes, Averaged& averaged) {
   }
   plan_.retain_memory();
   const auto last = [&] {
-    if (extras_->averages) end_average(attributes, averaged);
+    if (extras_->averages) end_average(attributes, averaged, counts_there);
   };
   if (states_.creates()) {
     retain();  // storing into a dict may run Python code
@@ -204,7 +205,7 @@ void Walker::take_step(PyObject* attributes, Averaged& averaged) {
     last();
   }
   plan_.run(around, true);
-  if (measuring_.any) findings_.found_there(*alone(), measuring_.is_double);
+  if (measuring_.any) findings_.found_there(*there, measuring_.is_double);
   for (cuda::DeviceWork* work : works_) work->launch();
 }
 

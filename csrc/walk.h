@@ -95,10 +95,10 @@ class Walker {
   bool norm_is_apart() const;
   bool measure();
   Around around() const;
-  void begin_average(Averaged& averaged);
+  void begin_average(Averaged& averaged, cuda::DeviceWork* there);
   template <class Known>
   void bring_count(Averaged& averaged, cuda::DeviceWork& there, Known known);
-  void end_average(PyObject* attributes, Averaged& averaged);
+  void end_average(PyObject* attributes, Averaged& averaged, bool counts_there);
   void clear(PyObject* groups, bool stepped);
   [[gnu::noinline]] bool look_before_clearing(const at::Tensor& grad,
                                               const c10::TensorImpl& memory);

@@ -94,8 +94,7 @@ void Walker::clear(PyObject* groups, bool stepped) {
 
 // Finds out how many averages there were, where they are counted, and the decay of this one. A
 // device that steps alone counts by itself: it may skip a step, or repeat one in a graph.
-void Walker::begin_average(Averaged& averaged) {
-  cuda::DeviceWork* there = alone();
+void Walker::begin_average(Averaged& averaged, cuda::DeviceWork* there) {
   const auto known = [&] {
     return averaged.there.defined() ? averaged.there.item<std::int64_t>() : averaged.count;
   };
@@ -136,9 +135,9 @@ void Walker::bring_count(Averaged& averaged, cuda::DeviceWork& there, Known know
 
 // Enters one more. A device's count is known here only where nothing can skip the step. Once it is
 // a tensor it stays that tensor, on which a graph may count.
-void Walker::end_average(PyObject* attributes, Averaged& averaged) {
+void Walker::end_average(PyObject* attributes, Averaged& averaged, bool counts_there) {
   ++averaged.count;
-  if (averaged.there.defined() && alone() == nullptr) {
+  if (averaged.there.defined() && !counts_there) {
     const c10::InferenceMode guard;  // it may have been made in that mode
     averaged.there.fill_(averaged.count);
   }

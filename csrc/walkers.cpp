@@ -1,6 +1,5 @@
 #include "walkers.h"
 
-#include <ATen/ops/scalar_tensor.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/Exceptions.h>
 
@@ -35,20 +34,6 @@ std::unique_ptr<Walker> new_walker(PyObject* optimizer, Findings& findings) {
 }
 
 }  // namespace
-
-at::Tensor Findings::grad_norm() const {
-  switch (where_) {
-    case Where::kHere:
-      return at::scalar_tensor(norm_, is_double_ ? at::kDouble : at::kFloat);
-    case Where::kThere:
-      return work_->norm(is_double_);
-    case Where::kTensor:
-      return tensor_.clone();
-    case Where::kNowhere:
-      break;
-  }
-  return {};
-}
 
 Walker& Walkers::idle(PyObject* optimizer) {
   for (const auto& walker : all_) {

@@ -26,10 +26,11 @@ def python(
         AssertionError: It failed, crashed or took longer than ``timeout`` seconds.
     """
     paths = [str(Path(__file__).parent), *(p or os.getcwd() for p in sys.path)]
-    wanted = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(env or {})}
+    wanted = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    if arguments[0] != "-c":
+        wanted["PYTHONSAFEPATH"] = None  # a script finds what lies beside it
+    wanted |= env or {}
     surroundings = {name: value for name, value in wanted.items() if value is not None}
-    if arguments[0] != "-c":  # a script finds what lies beside it
-        surroundings.pop("PYTHONSAFEPATH", None)
     command = [sys.executable, *arguments]
     try:
         done = subprocess.run(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +12,11 @@ import isolated
 import pytest
 import torch
 from setuptools.errors import CompileError
+from source_tree import require_source
 
 from fastsgd import _C, _build_info, _stock
 
-ROOT = Path(__file__).parents[1]
-if not (ROOT / "setup.py").exists():
-    pytest.skip("needs the source tree", allow_module_level=True)
-sys.path.append(str(ROOT))  # last, as what is imported from there may be another build
+require_source()
 
 from build_support import cuda, variants  # noqa: E402
 

@@ -12,10 +12,10 @@ import torch
 from cases import ORDINARY_SHAPES, Row
 from onepass import EXTRAS, INF, NAN, Extended, copies, extras_of
 from oracle import all_params, assert_equal
-from places import emulated
+from places import emulated, give
 from snapshot import Snapshot
 from torch.nn.utils import get_total_norm
-from twins import parameters, random_grad
+from twins import parameters
 
 BUILD = parameters(*ORDINARY_SHAPES, (257,))
 
@@ -228,8 +228,7 @@ def test_a_step_within_a_step(row: Row, there: bool) -> None:
     optimizer = row.ours(parameters((257,), (8,))(), **row.plain, **extras)
     norms = []
     for count in range(1, 4):
-        for p in all_params(optimizer):
-            p.grad = random_grad(p)
+        give([optimizer], count)
         norms.append(float(get_total_norm([p.grad for p in all_params(optimizer)])))
         with emulated() if there else nullcontext():
             optimizer.step()

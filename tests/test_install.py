@@ -15,11 +15,11 @@ from types import SimpleNamespace
 import capabilities
 import pytest
 import torch
+from source_tree import ROOT, from_source
 
 import fastsgd
 from fastsgd import _check
 
-ROOT = Path(__file__).parents[1]
 RELEASE = torch.__version__.partition("+")[0]
 OTHER_RELEASE = "2.13.0"  # where a build without torch brings the one that runs the tests
 CURE = "pip install --force-reinstall --no-deps --no-cache-dir"
@@ -41,8 +41,6 @@ for _ in range(3):
 assert torch.equal(ours, stock), ours - stock
 print("stepped with", fastsgd._C.instruction_set())
 """
-
-from_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 
 
 def run(*command, ok=True, **options):

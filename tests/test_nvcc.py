@@ -7,18 +7,15 @@ import importlib.util
 import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from source_tree import ROOT, require_source
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).parents[1]
-if not (ROOT / "setup.py").exists():
-    pytest.skip("needs the source tree", allow_module_level=True)
-sys.path.append(str(ROOT))  # last, as what is imported from there may be another build
+require_source()
 
 from build_support import cuda, extension  # noqa: E402
 
