@@ -22,16 +22,15 @@ struct ExactSum {
   FASTSGD_LANE static void add(double x, Add add, Note note) {
     std::uint64_t bits;
     std::memcpy(&bits, &x, sizeof(bits));
-    const bool negative = bits >> 63 != 0;
+    const std::int64_t sign = static_cast<std::int64_t>(bits) >> 63;  // 0 or -1
     const int exponent = static_cast<int>(bits >> 52 & 0x7ff);
     std::uint64_t digits = bits & 0xfffffffffffff;
     if (exponent == 0x7ff) return note(digits != 0 ? kNan : kInfinite);
     if (exponent != 0) digits |= std::uint64_t{1} << 52;
     const int position = exponent == 0 ? 0 : exponent - 1, shift = position % 32;
-    const std::uint64_t low = digits << shift, high = shift == 0 ? 0 : digits >> (64 - shift);
+    const std::uint64_t low = digits << shift, high = digits >> 1 >> (63 - shift);
     const auto put = [&](int at, std::uint64_t part) {
-      const auto signed_part = static_cast<std::int64_t>(part);
-      add(at, negative ? -signed_part : signed_part);
+      add(at, (static_cast<std::int64_t>(part) ^ sign) - sign);
     };
     put(position / 32, low & 0xffffffff);
     put(position / 32 + 1, low >> 32);

@@ -38,10 +38,11 @@ template <class Take>
   constexpr auto kStage = static_cast<Py_ssize_t>(kAhead);
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
     const Lookahead ahead(list, i);
-    ahead.fetch_param(3 * kStage);
+    ahead.fetch_param(4 * kStage);
     if (of_grads) {
-      ahead.fetch_grad(2 * kStage);
-      ahead.fetch_grad_storage(kStage);
+      ahead.fetch_grad(3 * kStage);
+      ahead.fetch_grad_storage(2 * kStage);
+      ahead.fetch_grad_memory(kStage);
     }
     PyObject* object = PyList_GET_ITEM(list, i);
     const at::Tensor* tensor = nullptr;

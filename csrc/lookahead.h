@@ -32,6 +32,9 @@ class Lookahead {
   FASTSGD_PREFETCHING void fetch_grad_storage(Py_ssize_t ahead) const {
     if (const auto* grad = grad_at(ahead)) prefetch<kStorageBytes>(storage_of(*grad));
   }
+  FASTSGD_PREFETCHING void fetch_grad_memory(Py_ssize_t ahead) const {
+    if (const void* memory = grad_memory_at(ahead)) prefetch(memory);
+  }
 
   // What is freed with a gradient: its parts, and the allocator's notes, which lie beside each. Of
   // its memory a line is enough, as nobody reads it.
@@ -45,11 +48,8 @@ class Lookahead {
     prefetch<kCounterBytes + kNotes>(Fields::counter(*grad));
   }
   FASTSGD_PREFETCHING void fetch_memory_to_free(Py_ssize_t ahead) const {
-    const auto* grad = grad_at(ahead);
-    auto* storage = grad == nullptr ? nullptr : storage_of(*grad);
-    if (storage == nullptr) return;
-    const void* memory = storage->_mutable_data_ptr_no_checks().get();
-    prefetch<kCacheLine + kNotes>(memory, -std::ptrdiff_t{kNotes});
+    const void* memory = grad_memory_at(ahead);
+    if (memory != nullptr) prefetch<kCacheLine + kNotes>(memory, -std::ptrdiff_t{kNotes});
   }
 
  private:
@@ -66,6 +66,11 @@ class Lookahead {
     const auto* param = param_at(ahead);
     const at::Tensor* grad = param == nullptr ? nullptr : grad_slot(*param);
     return grad == nullptr ? nullptr : grad->unsafeGetTensorImpl();
+  }
+  const void* grad_memory_at(Py_ssize_t ahead) const {
+    const auto* grad = grad_at(ahead);
+    auto* storage = grad == nullptr ? nullptr : storage_of(*grad);
+    return storage == nullptr ? nullptr : storage->_mutable_data_ptr_no_checks().get();
   }
 
   PyObject* const* items_;

@@ -175,7 +175,7 @@ def clip_grad_norm_(
     value, count, any_double, left = _C.norm_of(params, True, infinity)
     others = [grad for i in left if (grad := params[i].grad) is not None]
     if not others:
-        norm = torch.tensor(value, dtype=torch.float64 if any_double else torch.float32)
+        norm = torch.scalar_tensor(value, dtype=torch.float64 if any_double else torch.float32)
         if error_if_nonfinite:
             raise_if_nonfinite(norm, norm_type)
         clipped_by = _C.clip_factor(value, any_double, max_norm)

@@ -5,6 +5,7 @@
 
 #include "cpu/simd.h"
 #include "norm.h"
+#include "prefetch.h"
 
 namespace fastsgd {
 namespace {
@@ -12,62 +13,62 @@ namespace {
 constexpr int kDoubles = sizeof(DoubleRegister) / sizeof(double);
 constexpr int kParts = kMeasureLanes / kDoubles;  // the registers that hold all lanes
 
+// Calls f(i) for each of those registers. Not in a loop, which GCC would unroll too late to keep
+// them out of memory.
+template <int kPart = 0, class F>
+FASTSGD_LANE void each_part(const F& f) {
+  if constexpr (kPart < kParts) {
+    f(kPart);
+    each_part<kPart + 1>(f);
+  }
+}
+
+// How far ahead elements are fetched: a kilobyte. Hardware would not be late either, but it stops
+// at the end of each page.
+template <class T>
+constexpr std::int64_t kFetched = 1024 / static_cast<std::int64_t>(sizeof(T));
+
 // Elements in double.
 struct Elements {
   DoubleRegister part[kParts];
 };
-FASTSGD_LANE Elements elements_of(const double* from) {
-  Elements elements;
-  for (int i = 0; i < kParts; ++i) elements.part[i] = load<DoubleRegister>(from + i * kDoubles);
-  return elements;
-}
-FASTSGD_LANE Elements elements_of(const float* from) {
-  using Floats = Vector<float, kDoubles>;
-  Elements elements;
-  for (int i = 0; i < kParts; ++i) {
-    Floats floats;
-    std::memcpy(&floats, from + i * kDoubles, sizeof(floats));
-    elements.part[i] = __builtin_convertvector(floats, DoubleRegister);
-  }
-  return elements;
-}
 template <class T>
 FASTSGD_LANE Elements elements_of(const T* from) {
-  constexpr int kFloats = sizeof(FloatRegister) / sizeof(float);
-  float floats[kMeasureLanes];
-  for (int i = 0; i < kMeasureLanes; i += kFloats) store(floats + i, load<FloatRegister>(from + i));
-  return elements_of(floats);
+  if constexpr (sizeof(T) < sizeof(float)) {
+    constexpr int kFloats = sizeof(FloatRegister) / sizeof(float);
+    float floats[kMeasureLanes];
+    for (int i = 0; i < kMeasureLanes; i += kFloats) {
+      store(floats + i, load<FloatRegister>(from + i));
+    }
+    return elements_of(floats);
+  } else {
+    Elements elements;
+    each_part([&](int i) { elements.part[i] = load_doubles(from + i * kDoubles); });
+    return elements;
+  }
 }
 
 // Sums of lanes, and what they could not take: added up in one order for registers of any width.
+template <bool kRest>
 struct Sums {
   DoubleRegister sum[kParts], rest[kParts];
 
-  template <bool kRest>
+  FASTSGD_LANE Sums() {
+    each_part([&](int i) { sum[i] = rest[i] = DoubleRegister{}; });
+  }
   FASTSGD_LANE void add_squares(const Elements& elements) {
-    for (int i = 0; i < kParts; ++i) {
-      const DoubleRegister square = elements.part[i] * elements.part[i];
+    each_part([&](int i) {
+      const DoubleRegister x = elements.part[i];
       if constexpr (kRest) {
-        add_keeping_rest(square, sum[i], rest[i]);
+        add(x * x, sum[i], rest[i]);
       } else {
-        sum[i] = sum[i] + square;
+        sum[i] = lane::fma(x, x, sum[i]);  // the square is exact, whether it is fused or not
       }
-    }
+    });
   }
   // Halves the lanes until one is left: registers first, then what is in the last.
-  template <bool kRest>
   FASTSGD_LANE PieceMeasured total() {
-    const auto join = [](auto& sum, auto& rest, const auto& other, const auto& others_rest) {
-      if constexpr (kRest) {
-        add_keeping_rest(other, sum, rest);
-        rest = rest + others_rest;
-      } else {
-        sum = sum + other;
-      }
-    };
-    for (int half = kParts / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) join(sum[i], rest[i], sum[i + half], rest[i + half]);
-    }
+    halve_parts<kParts / 2>();
     double sums[kDoubles], rests[kDoubles];
     std::memcpy(sums, sum, sizeof(sums));
     std::memcpy(rests, rest, sizeof(rests));
@@ -77,6 +78,30 @@ struct Sums {
       for (int i = 0; i < half; ++i) join(sums[i], rests[i], sums[i + half], rests[i + half]);
     }
     return {sums[0], kRest ? rests[0] : 0, false, Scaled::kNot};
+  }
+
+ private:
+  template <int kHalf>
+  FASTSGD_LANE void halve_parts() {
+    if constexpr (kHalf > 0) {
+      each_part([&](int i) {
+        if (i < kHalf) join(sum[i], rest[i], sum[i + kHalf], rest[i + kHalf]);
+      });
+      halve_parts<kHalf / 2>();
+    }
+  }
+  template <class L>
+  FASTSGD_LANE static void add(const L& x, L& sum, L& rest) {
+    if constexpr (kRest) {
+      add_keeping_rest(x, sum, rest);
+    } else {
+      sum = sum + x;
+    }
+  }
+  template <class L>
+  FASTSGD_LANE static void join(L& sum, L& rest, const L& other, const L& others_rest) {
+    add(other, sum, rest);
+    if constexpr (kRest) rest = rest + others_rest;
   }
 };
 
@@ -94,21 +119,25 @@ FASTSGD_LANE PieceMeasured squares_scaled(const T* from, std::int64_t count) {
   constexpr bool kRest = sizeof(T) == sizeof(double);  // a float32's square leaves room to add to
   constexpr double kFactor = kScaled == Scaled::kDown ? kScaledDown : kScaledUp;
   const auto factors = broadcast<DoubleRegister>(kFactor);
-  Sums sums{};
+  Sums<kRest> sums;
   const auto add = [&](Elements elements) {
-    for (int i = 0; i < kParts; ++i) {
-      if (kScaled != Scaled::kNot) elements.part[i] = elements.part[i] * factors;
+    if (kScaled != Scaled::kNot) {
+      each_part([&](int i) { elements.part[i] = elements.part[i] * factors; });
     }
-    sums.add_squares<kRest>(elements);
+    sums.add_squares(elements);
   };
   std::int64_t at = 0;
+  for (; at + kMeasureLanes + kFetched<T> <= count; at += kMeasureLanes) {
+    prefetch(from + at + kFetched<T>);
+    add(elements_of(from + at));
+  }
   for (; at + kMeasureLanes <= count; at += kMeasureLanes) add(elements_of(from + at));
   if (at < count) {
     T last[kMeasureLanes] = {};
     for (int i = 0; at + i < count; ++i) last[i] = from[at + i];
     add(elements_of(last));
   }
-  PieceMeasured measured = sums.total<kRest>();
+  PieceMeasured measured = sums.total();
   measured.scaled = kScaled;
   return measured;
 }

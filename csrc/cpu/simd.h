@@ -163,6 +163,21 @@ FASTSGD_LANE void store(Half* to, const L& lane) {
   }
 }
 
+// --- as many elements in double as a register holds ---------------------------------------------
+
+FASTSGD_LANE DoubleRegister load_doubles(const double* from) { return load<DoubleRegister>(from); }
+FASTSGD_LANE DoubleRegister load_doubles(const float* from) {
+#if defined(__AVX512F__)
+  return bit_cast<DoubleRegister>(_mm512_cvtps_pd(_mm256_loadu_ps(from)));
+#elif defined(__AVX2__)
+  return bit_cast<DoubleRegister>(_mm256_cvtps_pd(_mm_loadu_ps(from)));
+#else
+  Vector<float, sizeof(DoubleRegister) / sizeof(double)> floats;
+  std::memcpy(&floats, from, sizeof(floats));
+  return __builtin_convertvector(floats, DoubleRegister);
+#endif
+}
+
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
