@@ -4,36 +4,15 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/neg.h>
-#include <Python.h>
-#include <unistd.h>
 
 #include <algorithm>
+
+#include "gil.h"
 
 namespace fastsgd {
 namespace {
 
 constexpr std::int64_t kWorthTheGil = 8 << 20;  // bytes: about a millisecond
-
-// The GIL given up, and taken again after.
-class WithoutGil {
- public:
-  explicit WithoutGil(bool release) : state_(release ? PyEval_SaveThread() : nullptr) {}
-  ~WithoutGil() {
-    if (state_ == nullptr) return;
-    try {
-      PyEval_RestoreThread(state_);
-    } catch (...) {
-      // The interpreter has ended, and before Python 3.14 it unwinds a thread that wants it back.
-      // What is further up would let go of objects without the GIL: this thread goes no further.
-      for (;;) pause();
-    }
-  }
-  WithoutGil(const WithoutGil&) = delete;
-  WithoutGil& operator=(const WithoutGil&) = delete;
-
- private:
-  PyThreadState* state_;
-};
 
 at::Tensor tensor_of(c10::TensorImpl& tensor) {
   return at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&tensor));

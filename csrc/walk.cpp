@@ -178,12 +178,14 @@ bool Walker::step(PyObject* optimizer) {
   return true;
 }
 
+// Keeps alive all that the step is of: Python code may run meanwhile.
+void Walker::retain() {
+  plan_.retain();
+  for (cuda::DeviceWork* work : works_) work->plan.retain();
+}
+
 // Takes the step that is planned. What may fail, or run Python code, comes first.
 void Walker::take_step(PyObject* attributes, Averaged& averaged) {
-  const auto retain = [&] {
-    plan_.retain();
-    for (cuda::DeviceWork* work : works_) work->plan.retain();
-  };
   if (extras_->schedule != nullptr) retain();
   cuda::DeviceWork* there = alone();
   if (extras_->averages) begin_average(averaged, there);
@@ -204,9 +206,10 @@ void Walker::take_step(PyObject* attributes, Averaged& averaged) {
   } else {
     last();
   }
-  plan_.run(around, true);
   if (measuring_.any) findings_.found_there(*there, measuring_.is_double);
+  // Devices first: they work beside the CPU, which may give up the GIL that their tensors need.
   for (cuda::DeviceWork* work : works_) work->launch();
+  plan_.run(around, true);
 }
 
 // Notes that stock must take a parameter, and all memory that its step may use.

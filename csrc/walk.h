@@ -89,6 +89,7 @@ class Walker {
   bool plan_groups(PyObject* groups);
   void leave_to_stock(Place place, PyObject* param);
 
+  void retain();
   void take_step(PyObject* attributes, Averaged& averaged);
 
   cuda::DeviceWork* alone() const;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <utility>
 
+#include "gil.h"
 #include "pycall.h"
 #include "pytensor.h"
 #include "walk.h"
@@ -53,7 +54,14 @@ bool Walker::measure() {
 
 std::int64_t Walker::skipped_there() const {
   std::int64_t skipped = 0;
-  for (const auto& work : devices_.all()) skipped += work->skipped();
+  const auto& works = devices_.all();
+  for (std::size_t i = 0; i < works.size(); ++i) {  // to which another thread may add
+    cuda::Device& device = works[i]->device();
+    if (const std::int64_t* there = works[i]->skipped()) {
+      const WithoutGil guard(true);  // the device may wait for what another thread is to ask of it
+      skipped += device.read(there);
+    }
+  }
   return skipped;
 }
 
@@ -96,7 +104,10 @@ void Walker::clear(PyObject* groups, bool stepped) {
 // device that steps alone counts by itself: it may skip a step, or repeat one in a graph.
 void Walker::begin_average(Averaged& averaged, cuda::DeviceWork* there) {
   const auto known = [&] {
-    return averaged.there.defined() ? averaged.there.item<std::int64_t>() : averaged.count;
+    if (!averaged.there.defined()) return averaged.count;
+    retain();
+    const WithoutGil guard(true);
+    return averaged.there.item<std::int64_t>();
   };
   if (there == nullptr) {
     averaged.count = known();

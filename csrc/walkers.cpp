@@ -44,7 +44,7 @@ Walker& Walkers::idle(PyObject* optimizer) {
 
 std::int64_t Walkers::skipped_steps() const {
   std::int64_t skipped = findings_.skipped;
-  for (const auto& walker : all_) skipped += walker->skipped_there();
+  for (std::size_t i = 0; i < all_.size(); ++i) skipped += all_[i]->skipped_there();
   return skipped;
 }
 

@@ -167,6 +167,19 @@ def test_scaled_gradients(row: Row, place: Place) -> None:
             assert row.eager or not any(s[row.states[0]].any() for s in there.state.values())
 
 
+def test_a_counter_that_stands_still(row: Row, place: Place) -> None:
+    """A float32 cannot say more than 2^24; the step is the number that it says, on either side."""
+    pair = there_and_here(place, row, parameters((131,), dtype=torch.float64), **row.rich)
+    for step in range(3):
+        give(pair, step)
+        step_both(place, pair)
+        for optimizer in pair if step == 0 else ():
+            for state in optimizer.state.values():
+                if "step" in state:
+                    state["step"].fill_(2.0**24)
+    assert_alike(*pair)
+
+
 def test_all_options_within_a_unit(row: Row, place: Place) -> None:
     """With tensor betas too, whose powers are computed in double and rounded."""
     for options in row.options:

@@ -14,11 +14,18 @@
 #include <cstdint>
 #include <cstring>
 #include <unordered_set>
+#include <utility>
 
 #include "cuda/kernels.h"
 
 namespace fastsgd::cuda {
 namespace {
+
+// Frees memory that is not the caching allocator's.
+void free_own(void* memory) {
+  const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+  C10_CUDA_CHECK_WARN(cudaFree(memory));
+}
 
 // Everything is done on the current stream of the device, as torch's operators do it.
 class CudaDevice final : public Device {
@@ -29,6 +36,12 @@ class CudaDevice final : public Device {
   }
 
   c10::Device tensors() const override { return device_; }
+  CudaDevice(const CudaDevice&) = delete;
+  CudaDevice& operator=(const CudaDevice&) = delete;
+  ~CudaDevice() override {
+    if (done_ != nullptr) static_cast<void>(cudaEventDestroy(done_));
+  }
+
   int processors() const override { return processors_; }
   bool captures() const override {
     const c10::cuda::CUDAGuard guard(device_);
@@ -45,14 +58,11 @@ class CudaDevice final : public Device {
     const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
     void* memory = nullptr;
     C10_CUDA_CHECK(cudaMalloc(&memory, bytes));
-    const auto free = [](void* freed) {
-      const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
-      C10_CUDA_CHECK_WARN(cudaFree(freed));
-    };
-    return {memory, memory, free, device_};
+    return {memory, memory, free_own, device_};
   }
   std::int64_t stream() const override { return current().id(); }
   void used(const c10::DataPtr& memory) override {
+    if (memory.get_deleter() == free_own) return;  // to free it waits for the device
     c10::cuda::CUDACachingAllocator::recordStream(memory, current());
   }
 
@@ -76,6 +86,14 @@ class CudaDevice final : public Device {
         [&](cudaStream_t stream) { C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream)); });
   }
 
+  std::int64_t read(const std::int64_t* there) override {
+    const c10::cuda::CUDAGuard guard(device_);
+    C10_CUDA_CHECK(cudaDeviceSynchronize());  // whatever stream it was asked for on
+    std::int64_t number = 0;
+    C10_CUDA_CHECK(cudaMemcpy(&number, there, sizeof(number), cudaMemcpyDeviceToHost));
+    return number;
+  }
+
   void prepare(const Launch& what) override {
     const std::int64_t number =
         ((what.kernel * 2 + what.laid_out) * 2 + what.around) * 2 + what.few;
@@ -91,6 +109,24 @@ class CudaDevice final : public Device {
     C10_CUDA_CHECK(cuda::launch(what, arguments, current()));
   }
 
+  // Tables and counts are the same on every stream, which are in no order by themselves. A graph
+  // has an order of its own, with what is before and after it left to whoever replays it.
+  void begin() override {
+    if (captures()) return;
+    const c10::cuda::CUDAGuard guard(device_);
+    if (done_ == nullptr) C10_CUDA_CHECK(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming));
+    // A step that failed has no end to wait for.
+    if (std::exchange(open_, true)) C10_CUDA_CHECK(cudaDeviceSynchronize());
+    if (stream_ != stream()) C10_CUDA_CHECK(cudaStreamWaitEvent(current(), done_, 0));
+  }
+  void end() override {
+    if (captures()) return;
+    const c10::cuda::CUDAGuard guard(device_);
+    C10_CUDA_CHECK(cudaEventRecord(done_, current()));
+    stream_ = stream();
+    open_ = false;
+  }
+
  private:
   c10::cuda::CUDAStream current() const { return c10::cuda::getCurrentCUDAStream(device_.index()); }
 
@@ -101,18 +137,37 @@ class CudaDevice final : public Device {
     const c10::cuda::CUDAGuard guard(device_);
     if (!captures()) return act(current());
     const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
-    if (own_ == nullptr) {
-      C10_CUDA_CHECK(cudaStreamCreateWithFlags(&own_, cudaStreamNonBlocking));
-    }
-    act(own_);
-    C10_CUDA_CHECK(cudaStreamSynchronize(own_));
+    static std::array<cudaStream_t, C10_COMPILE_TIME_MAX_GPUS> made{};  // kept for good
+    cudaStream_t& own = made[static_cast<std::size_t>(device_.index())];
+    if (own == nullptr) C10_CUDA_CHECK(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking));
+    act(own);
+    C10_CUDA_CHECK(cudaStreamSynchronize(own));
   }
 
   c10::Device device_;
   int processors_ = 0;
-  cudaStream_t own_ = nullptr;  // kept for good: a few are made in a process's life
+  // The end of the last work that was not recorded, and its stream, which may be gone since.
+  cudaEvent_t done_ = nullptr;
+  std::int64_t stream_ = 0;
+  bool open_ = false;  // no end yet
   std::unordered_set<std::int64_t> loaded_;
 };
+
+constexpr int kLongArguments = 12010;  // the first driver that takes more than 4 KB of them
+
+// Whether an error of loading says that this build has nothing for the device.
+bool has_no_code(cudaError_t error) {
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorJitCompilationDisabled:
+      return true;
+    default:
+      return false;
+  }
+}
 
 }  // namespace
 
@@ -129,12 +184,14 @@ bool runs_on(c10::Device device) {
     const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(index));
     const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
     const cudaError_t error = load({kZero, false, false, true, 0});
-    if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction) {
-      C10_CUDA_CHECK(error);
-    } else {
+    if (has_no_code(error)) {
       static_cast<void>(cudaGetLastError());  // or torch would find it
+    } else {
+      C10_CUDA_CHECK(error);
     }
-    answer = error == cudaSuccess ? kYes : kNo;
+    int driver = 0;
+    C10_CUDA_CHECK(cudaDriverGetVersion(&driver));
+    answer = error == cudaSuccess && driver >= kLongArguments ? kYes : kNo;
   }
   return answer == kYes;
 }

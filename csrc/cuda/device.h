@@ -33,10 +33,15 @@ class Device {
   // Both are done once, before the next launch; they are not recorded.
   virtual void upload(void* to, const void* from, std::size_t bytes) = 0;
   virtual void zero(void* memory, std::size_t bytes) = 0;
+  // A number on the device, when all that was asked of it is done.
+  virtual std::int64_t read(const std::int64_t* there) = 0;
 
   // Makes sure that a launch will not fail for want of its code or of memory for that.
   virtual void prepare(const Launch& what) = 0;
   virtual void launch(const Launch& what, const void* arguments) = 0;
+  // What is asked for from begin() to end() comes after all that was before, on whatever stream.
+  virtual void begin() = 0;
+  virtual void end() = 0;
 };
 
 // The host, on which plain CPU tensors stand for a device's. For tests: it runs the very tables

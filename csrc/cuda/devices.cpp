@@ -142,11 +142,8 @@ at::Tensor DeviceWork::norm(bool is_double) {
   return seen.to(is_double ? at::kDouble : at::kFloat, /*non_blocking=*/false, /*copy=*/true);
 }
 
-std::int64_t DeviceWork::skipped() {
-  if (engine_.standing() == nullptr) return 0;
-  const at::TensorOptions there = at::device(device().tensors());
-  const at::Tensor seen = at::from_blob(&engine_.standing()->skipped, {}, there.dtype(at::kLong));
-  return seen.item<std::int64_t>();
+const std::int64_t* DeviceWork::skipped() const {
+  return engine_.standing() == nullptr ? nullptr : &engine_.standing()->skipped;
 }
 
 // --- all devices --------------------------------------------------------------------------------

@@ -68,9 +68,9 @@ class DeviceWork {
   void launch();
 
   // What the device has found out in its last step with a norm, as a new tensor there; undefined
-  // before the first. And how many steps it has skipped, for which it is waited.
+  // before the first. And where the device keeps how many steps it has skipped; null before any.
   at::Tensor norm(bool is_double);
-  std::int64_t skipped();
+  const std::int64_t* skipped() const;
   // Whether a step of its was ever captured, and may so have been repeated since.
   bool captured() const { return engine_.ever_captured(); }
 

@@ -168,7 +168,9 @@ void Engine::bring(Batch& batch, const Work& work) {
 
 void Engine::bring_standing() {
   if (standing_) {
-    if (std::exchange(stream_, device_->stream()) != stream_) device_->used(standing_);
+    const std::int64_t stream = device_->stream();
+    if (stream != stream_) device_->used(standing_);
+    stream_ = stream;
     return;
   }
   static constexpr Standing kBefore;
@@ -184,6 +186,7 @@ void Engine::prepare(const Work& work) {
   const bool captures = device_->captures();
   if (captures || captured_) set_aside();
   captured_ = captures;
+  device_->begin();
   bring_standing();
   collect(work);
   for (std::size_t b = 0; b < used_; ++b) {
@@ -238,6 +241,7 @@ void Engine::launch() {
     launch(measuring(batch), tables, batch);
   }
   for (std::size_t b = 0; b < used_; ++b) launch(batches_[b].what, batches_[b].tables, batches_[b]);
+  device_->end();
 }
 
 }  // namespace fastsgd::cuda

@@ -110,11 +110,14 @@ class HostDevice final : public Device {
     std::memcpy(to, from, bytes);
   }
   void zero(void* memory, std::size_t bytes) override { std::memset(memory, 0, bytes); }
+  std::int64_t read(const std::int64_t* there) override { return *there; }
   void prepare(const Launch&) override {}
   void launch(const Launch& what, const void* arguments) override {
     ++emulated_work().launches;
     what.few ? run<FewArguments>(what, arguments) : run<ManyArguments>(what, arguments);
   }
+  void begin() override {}
+  void end() override {}
 };
 
 }  // namespace

@@ -12,6 +12,14 @@ constexpr int kBlocks = 2;
 __device__ int thread_here() { return static_cast<int>(threadIdx.x); }
 __device__ int blocks_here() { return static_cast<int>(gridDim.x); }
 
+// Memory that a block shares, for an object that one of its threads makes: shared variables are not
+// constructed.
+template <class Object>
+struct Room {
+  alignas(Object) unsigned char memory[sizeof(Object)];
+  __device__ Object& object() { return *reinterpret_cast<Object*>(memory); }
+};
+
 // Whether this block is to count for all of a launch: the last to have read the counters is.
 __device__ bool is_to_count(const Tables& tables) {
   return tables.counts && is_last(tables.standing->ticket, blocks_here());
@@ -30,8 +38,9 @@ __device__ void run(const B& block, int thread) {
 
 template <class R, int kStructure, class T, class A, bool kLaidOut, bool kAround>
 __global__ void __launch_bounds__(kThreads, kBlocks) step(const __grid_constant__ A arguments) {
-  __shared__ Block<R, kStructure, T, kAround> block;
+  __shared__ Room<Block<R, kStructure, T, kAround>> room;
   __shared__ bool counts;
+  auto& block = room.object();
   const Tables& tables = arguments.tables;
   const bool skip = skips(tables);
   if (skip && !(kAround && tables.around.clears)) return;
@@ -50,8 +59,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) step(const __grid_constant_
 
 template <class What, class T, class A, bool kLaidOut>
 __global__ void __launch_bounds__(kThreads, kBlocks) pairs(const __grid_constant__ A arguments) {
-  __shared__ PairBlock<What, T> block;
+  __shared__ Room<PairBlock<What, T>> room;
   __shared__ bool counts;
+  auto& block = room.object();
   const Tables& tables = arguments.tables;
   if (skips(tables)) return;
   const int thread = thread_here();
@@ -66,11 +76,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks) pairs(const __grid_constant
 
 template <Order kOrder, class T, class A, bool kLaidOut>
 __global__ void __launch_bounds__(kThreads, kBlocks) measure(const __grid_constant__ A arguments) {
-  __shared__ PieceBlock<T> piece;
-  __shared__ Measured found;
+  __shared__ Room<PieceBlock<T>> piece;
+  __shared__ Room<Measured> found;
   __shared__ bool last;
   measure_block<kOrder>(arguments.tables, arguments.grads, blockIdx.x, blocks_here(), kLaidOut,
-                        piece, found, last);
+                        piece.object(), found.object(), last);
 }
 
 __global__ void zero(const __grid_constant__ FewArguments arguments) {

@@ -41,9 +41,8 @@ struct Block {
     }
     Moment moment;
     if (item.counter != nullptr) {
-      const double steps = steps_of(item);
-      moment.first = steps == 0;
-      moment.step = steps + 1;
+      moment.first = steps_of(item) == 0;
+      moment.step = steps_after(item);
     }
     scalars = R::scalars(numbers, moment).each([](double x) { return static_cast<Scalar>(x); });
     around = around_of(tables);
