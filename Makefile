@@ -94,7 +94,7 @@ bench: $(VENV)/built
 
 # In an environment that has a torch with CUDA, of which nothing is changed: no network is needed.
 gpu-check:
-	FASTSGD_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps -e .
+	FASTSGD_CUDA=1 $(PYTHON) -m pip install --disable-pip-version-check -v --no-build-isolation --no-deps -e .
 	$(PYTHON) benchmarks/gpu_check.py
 
 lint: $(VENV)/built

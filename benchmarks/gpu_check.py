@@ -1,157 +1,155 @@
 """Everything that wants a CUDA device, in one command: `make gpu-check`.
 
-The tests (every file, several at a time, the CUDA rows among them), compute-sanitizer over a short
-run, and the benchmark. What each came to is printed and written to a dated file, to be committed.
+    python benchmarks/gpu_check.py [bench] [tests] [sanitizers] [--results FOLDER]
+
+The benchmark, first and alone; those of the tests that run on a device; and compute-sanitizer over
+a short run. What each came to goes into one file a day and card, as soon as it is known, to be
+committed; all that each printed is beside it.
 """
 
-import json
+import argparse
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from command import ROOT, TIMED_OUT, run
+from kept import keep
 
 import fastsgd
 from fastsgd import info
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-# These wait for other processes, or install things: they are for a machine that is built on.
-LEFT_OUT = {
-    f"test_{name}.py"
-    for name in ("install", "demo", "lesson", "loops", "docs", "bench", "bench_my_model")
-}
-# What is not ours of the modules that tests import: a machine for them may lack it.
-MAY_LACK = {"expecttest", "hypothesis", "numpy", "setuptools"}
-NOT_COLLECTED = 2  # pytest's: the file could not be imported, and none of its tests ran
-NOTHING_TO_RUN = 5  # pytest's: the whole file is skipped
-TIMED_OUT = 124  # the command `timeout`'s
-# Every kernel, over little memory: what a sanitizer can bear.
-SHORT_RUN = """
-import torch, fastsgd
-sizes = [(), (0,), (3,), (131,), (33, 17), (4099,)]
-for cls, options in (
-    (fastsgd.SGD, {}), (fastsgd.SGD, {"momentum": 0.9}), (fastsgd.AdamW, {"amsgrad": True}),
-    (fastsgd.Adam, {}), (fastsgd.RMSprop, {"centered": True, "momentum": 0.9}),
-    (fastsgd.RMSprop, {}), (fastsgd.Adagrad, {}),
-):
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        params = [torch.randn(s, device="cuda").to(dtype).requires_grad_() for s in sizes]
-        params.append(torch.randn(40, 30, device="cuda").to(dtype)[1:, 3:].requires_grad_())
-        optimizer = cls(params, lr=0.01, **options)
-        for _ in range(2):
-            for p in params:
-                p.grad = torch.randn(p.shape, device="cuda").to(dtype)
-            assert fastsgd._C.step(optimizer)
-        optimizer.zero_grad(set_to_none=False)
-torch.cuda.synchronize()
-"""
+FILES = ["cuda", "device", "device_one_pass", "bench_command", "docs", "loops"]
+# Those whose place is a device, and what is documented for one. An example is not to tell of one
+# bit's difference there, as it allows more.
+ON_A_DEVICE = "cuda or on_a_device or (amp.py and not difference)"
+MOST_WORKERS = 12  # each has a context on the device
 
 
-def run(*command: Any, timeout: float = 600, **variables: str) -> tuple[int, str]:
-    """Run a command in the clone; its exit status, and the end of what it said."""
-    try:
-        done = subprocess.run(
-            [str(word) for word in command],
-            cwd=ROOT,
-            env=os.environ | variables,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return TIMED_OUT, f"not done after {timeout:.0f} s"
-    return done.returncode, done.stdout[-3000:]
+@dataclass(frozen=True)
+class Check:
+    """A command that is run.
 
-
-def lacking(status: int, text: str) -> str | None:
-    """Return the error of a run of pytest that could not start for want of a module not ours.
-
-    A test that lacks a module has failed, and so has a file that lacks one of ours.
+    Attributes:
+        words: The command.
+        limit: How many seconds it may take.
+        says: A pattern in what it prints if all is well.
+        variables: What is else in its environment.
     """
-    errors = re.findall(r"^E +(.*)", text, flags=re.M)
-    if status != NOT_COLLECTED or not errors:
-        return None
-    # The last is what ended the import; before it are those that were handled.
-    missing = re.fullmatch(r"ModuleNotFoundError: No module named '(\w+)[\w.]*'", errors[-1])
-    return errors[-1] if missing and missing[1] in MAY_LACK else None
+
+    words: Sequence[object]
+    limit: float
+    says: str = ""
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
-def tests() -> dict[str, str]:
-    """Run each file of tests, several at a time; the last line of each, or why it was left out."""
-    files = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if p.name not in LEFT_OUT]
-    slowest_first = sorted(files, key=lambda p: p.name != "test_device_tables.py")
-
-    def test(path: Path) -> tuple[str, str]:
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "--maxfail=20",
-            "-p",
-            "no:cacheprovider",
-            path,
-        ]
-        marks = ["-m", ""] if path.name == "test_cuda.py" else []
-        status, text = run(*command, *marks)
-        if error := lacking(status, text):
-            return path.name, f"left out: {error}"
-        well = status in (0, NOTHING_TO_RUN)
-        if not well:
-            print(f"--- {path.name}\n{text}", flush=True)
-        return path.name, ("" if well else "FAILED: ") + text.strip().splitlines()[-1]
-
-    with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
-        return dict(pool.map(test, slowest_first))
+def bench(path: Path) -> dict[str, Check]:
+    """Times and bars; it adds its lines to the file itself."""
+    words = [sys.executable, "benchmarks/on_cuda.py", "--json", path.absolute()]
+    return {"bench": Check(words, limit=150)}
 
 
-def sanitizers() -> dict[str, str]:
-    """Look for wrong accesses and for races."""
-    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    found = shutil.which("compute-sanitizer") or next(
-        filter(None, (shutil.which("compute-sanitizer", path=f"{h}/bin") for h in homes)), None
-    )
-    if found is None:
-        return {"compute-sanitizer": "left out: it is not there"}
-    outcomes = {}
-    for tool in ("memcheck", "racecheck"):
-        command = [found, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SHORT_RUN]
-        # Each tensor in memory of its own, or what lies beside it is the allocator's too.
-        status, text = run(*command, timeout=180, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        outcomes[tool] = ("" if status == 0 else "FAILED: ") + text.strip().splitlines()[-1]
+def tests(path: Path) -> dict[str, Check]:
+    """One run of pytest. A test that takes a minute shows where it is."""
+    words: list[object] = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short"]
+    words += ["--continue-on-collection-errors", "-o", "faulthandler_timeout=60"]
+    words += ["-p", "no:cacheprovider", "--durations=10", "-m", "", "-k", ON_A_DEVICE]
+    if find_spec("xdist"):
+        words += ["-n", min(MOST_WORKERS, os.cpu_count() or 1)]
+    words += [f"tests/test_{name}.py" for name in FILES]
+    # As wide as a test's name and error are.
+    variables = {"OMP_NUM_THREADS": "2", "COLUMNS": "240"}
+    return {"tests": Check(words, limit=210, variables=variables)}
+
+
+def sanitizers(path: Path) -> dict[str, Check]:
+    """Wrong accesses and races of our kernels, both looked for at the same time."""
+    places = ["/usr/local/cuda"] + [os.environ[n] for n in ("CUDA_HOME",) if n in os.environ]
+    search = [os.environ.get("PATH", os.defpath), *(f"{place}/bin" for place in places)]
+    name = "compute-sanitizer"
+    words = [shutil.which(name, path=os.pathsep.join(search)) or name, "--error-exitcode", "9"]
+    # torch asks of the driver what it may not have; its kernels are not ours to judge.
+    words += ["--report-api-errors", "no", "--kernel-name", "kns=fastsgd"]
+    # Each tensor in memory of its own, or what lies beside it is the allocator's too.
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return {
+        tool: Check(
+            [*words, "--tool", tool, sys.executable, "benchmarks/sanitized.py"],
+            limit=120,
+            says="(?s)all in the kernels.*SUMMARY: 0 ",
+            variables=alone,
+        )
+        for tool in ("memcheck", "racecheck")
+    }
+
+
+# In this order. The first is alone, as what runs beside it would be in its times.
+PARTS: dict[str, Callable[[Path], dict[str, Check]]] = {
+    "bench": bench,
+    "tests": tests,
+    "sanitizers": sanitizers,
+}
+
+
+def outcome(check: Check, log: Path) -> dict[str, Any]:
+    """Run it; what it came to in a line, the tests that failed, and how long it took."""
+    start = time.monotonic()
+    status = run(check.words, log, check.limit, check.variables)
+    text = log.read_text(encoding="utf-8", errors="replace")
+    last = ([line.strip() for line in text.splitlines() if line.strip()] or ["nothing printed"])[-1]
+    well = status == 0 and re.search(check.says, text)
+    found: dict[str, Any] = {"outcome": last if well else f"FAILED ({status}): {last}"}
+    if failed := re.findall(r"^(?:FAILED|ERROR) (\S+::.*|\S+\.py.*)", text, re.MULTILINE):
+        found["failed"] = failed
+    return found | {"seconds": round(time.monotonic() - start), "output": log.name}
+
+
+def do(part: str, path: Path) -> dict[str, dict[str, Any]]:
+    """Do a part, and keep what it came to; the file knows of it from its beginning on."""
+    checks = PARTS[part](path)
+    keep(path, {name: {"outcome": f"FAILED ({TIMED_OUT}): begun, not ended"} for name in checks})
+    logs = [path.with_name(f"{path.stem}-{name}.txt") for name in checks]
+    with ThreadPoolExecutor(len(checks)) as pool:
+        outcomes = dict(zip(checks, pool.map(outcome, checks.values(), logs), strict=True))
+    keep(path, outcomes)
     return outcomes
 
 
-def main() -> int:
-    """Run all of it; 1 where something failed or a bar is missed."""
+def slug(card: str) -> str:
+    """Return a card's name for a file's: `NVIDIA H100 80GB HBM3` is `h100-80gb-hbm3`."""
+    return re.sub(r"[^a-z0-9]+", "-", card.lower().replace("nvidia", "")).strip("-")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what is named, or all; 1 where something failed or a bar is missed."""
+    parser = argparse.ArgumentParser(description="Check what wants a CUDA device.")
+    parser.add_argument("parts", nargs="*", default="all", choices=[*PARTS, "all"], metavar="PART")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args(arguments)
     if not fastsgd.cuda_available():
         print(f"There is nothing to check: CUDA {info.cuda()}.", file=sys.stderr)
         return 1
-    start = time.monotonic()
-    path = RESULTS / f"{time.strftime('%Y-%m-%d')}-cuda.json"
-    path.unlink(missing_ok=True)
-    # Times first, and alone: what runs beside them would be in them.
-    status, text = run(sys.executable, "benchmarks/cuda.py", "--json", path)
-    well = status == 0
-    print(text, flush=True)
-    facts = json.loads(path.read_text()) if path.exists() else {}
-    facts |= {"info": info.facts(), "bars_met": well, "tests": tests(), "sanitizers": sanitizers()}
-    facts["seconds"] = round(time.monotonic() - start)
-    path.write_text(json.dumps(facts, indent=1) + "\n")
-    for name, outcome in (facts["tests"] | facts["sanitizers"]).items():
-        print(f"{name:28} {outcome}")
-    failed = [o for o in (facts["tests"] | facts["sanitizers"]).values() if o.startswith("FAILED")]
-    print(f"{path} after {facts['seconds']} s on {torch.cuda.get_device_name()}: commit it.")
-    return int(bool(failed) or not well)
+    card, date = torch.cuda.get_device_name(), time.strftime("%Y-%m-%d")
+    path = options.results / f"{date}-cuda-{slug(card)}.json"
+    keep(path, {"device": card, "date": date, "info": info.facts()})
+    outcomes: dict[str, dict[str, Any]] = {}
+    for part in PARTS:
+        if part in options.parts or "all" in options.parts:
+            print(f"--- {part}, {time.strftime('%H:%M:%S')}", flush=True)
+            outcomes |= do(part, path)
+    print()
+    for name, found in outcomes.items():
+        print(f"{name:10} {found['seconds']:4} s  {found['outcome']}")
+    print(f"{path} on {card}: commit it.")
+    return int(any(found["outcome"].startswith("FAILED") for found in outcomes.values()))
 
 
 if __name__ == "__main__":

@@ -108,8 +108,9 @@ def test_memory_is_flat(row: Row) -> None:
     for step in range(200):
         give([optimizer], step)
         CUDA.step(optimizer)
-        if step > 20:
-            gc.collect()
+        if step == 20:
+            gc.collect()  # what other tests left
+        if step >= 20:
             seen.append(torch.cuda.memory_allocated())
     assert len(set(seen)) <= 2
     del optimizer
@@ -269,6 +270,38 @@ def test_the_current_stream(row: Row) -> None:
         step_here(pair[1])
     torch.cuda.synchronize()
     assert_alike(*pair)
+
+
+def test_streams_in_no_order(row: Row) -> None:
+    """Steps of different parameters, on streams that nobody orders: what they share is in order."""
+    pair = there_and_here(CUDA, row, parameters((300_001,), (70_001,)), **row.rich)
+    give(pair, 0)
+    grads = [[p.grad for p in all_params(optimizer)] for optimizer in pair]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for step in range(8):
+        which = step % 2
+        for optimizer, own in zip(pair, grads, strict=True):
+            for i, p in enumerate(all_params(optimizer)):
+                p.grad = own[i] if i == which else None
+        with torch.cuda.stream(streams[which]):
+            if which == 0:
+                torch.cuda._sleep(10_000_000)  # so that the other stream is ahead
+            CUDA.step(pair[0])
+        step_here(pair[1])
+    torch.cuda.synchronize()
+    assert_alike(*pair)
+
+
+def test_skipped_steps_of_every_stream(row: Row) -> None:
+    """Who asks on another stream than the step's waits for it all the same."""
+    optimizer = row.ours(on_cuda((131,)), **row.rich, skip_nonfinite=True)
+    give([optimizer], 0, scale=torch.inf)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(10_000_000)
+        CUDA.step(optimizer)
+    assert optimizer.skipped_steps == 1
 
 
 # --- graphs -------------------------------------------------------------------------------------

@@ -212,8 +212,9 @@ class Shards:
 
 
 def sharded_network(**options: Any) -> nn.Module:
-    """Return the network, each layer of it sharded over the processes."""
+    """Return the network, each layer of it sharded over the processes, on the CPU by default."""
     net = network()
+    options.setdefault("mesh", init_device_mesh("cpu", (dist.get_world_size(),)))
     for layer in net:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, **options)

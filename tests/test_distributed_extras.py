@@ -50,9 +50,10 @@ def train_shards(order: str, skips: bool) -> None:
     with each_row() as rows:
         for row in rows:
             net = network()
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
             for layer in (net[0], net[2]):
-                fully_shard(layer)
-            fully_shard(net)
+                fully_shard(layer, mesh=mesh)
+            fully_shard(net, mesh=mesh)
             params = list(net.parameters())
             extras = {"max_grad_norm": 0.5, "norm_type": norm_type, "skip_nonfinite": skips}
             ours = row.ours(params, ema_decay=DECAY, clear_grads="zero", **extras, **row.rich)
