@@ -50,11 +50,12 @@ FASTSGD_LANE U32 bfloat16_to_float_bits(U32 bits) {
 
 // Rounds to the nearest, ties to even: adding 0x7fff plus the last kept bit carries into the upper
 // half exactly when that half must grow. A NaN is kept a NaN, torch's 0x7fc0.
-template <class U32>
-FASTSGD_LANE U32 float_bits_to_bfloat16(U32 bits) {
+template <class U32, class L>
+FASTSGD_LANE U32 float_to_bfloat16_bits(const L& x) {
+  const U32 bits = bit_cast<U32>(x);
   const U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const U32 nan = bits - bits + 0x7fc0u;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+  return x != x ? nan : rounded;
 }
 
 // --- half: without branches, for targets that have no instruction for it -----------------------
@@ -114,8 +115,7 @@ FASTSGD_LANE float to_scalar(Half stored) { return half_to_float(stored.bits); }
 FASTSGD_LANE void to_storage(float value, float& stored) { stored = value; }
 FASTSGD_LANE void to_storage(double value, double& stored) { stored = value; }
 FASTSGD_LANE void to_storage(float value, BFloat16& stored) {
-  const std::uint32_t bits = bit_cast<std::uint32_t>(value);
-  stored.bits = static_cast<std::uint16_t>(float_bits_to_bfloat16(bits));
+  stored.bits = static_cast<std::uint16_t>(float_to_bfloat16_bits<std::uint32_t>(value));
 }
 FASTSGD_LANE void to_storage(float value, Half& stored) { stored.bits = float_to_half(value); }
 

@@ -73,11 +73,15 @@ FASTSGD_LANE Vector<std::uint32_t, kLanes> widen(const std::uint16_t* from) {
 #endif
 }
 
-// The lower half of each.
+// Of numbers that fit.
 template <int kLanes>
 FASTSGD_LANE void narrow(std::uint16_t* to, const Vector<std::uint32_t, kLanes>& wide) {
 #if defined(__AVX512F__)
   const __m256i bits = _mm512_cvtepi32_epi16(bit_cast<__m512i>(wide));
+#elif defined(__AVX2__)
+  const auto both = bit_cast<__m256i>(wide);
+  const __m128i bits =
+      _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
 #else
   const auto bits = __builtin_convertvector(wide, Vector<std::uint16_t, kLanes>);
 #endif
@@ -121,8 +125,7 @@ FASTSGD_LANE void store(BFloat16* to, const L& lane) {
     to_storage(lane, *to);
   } else {
     constexpr int kLanes = sizeof(L) / sizeof(float);
-    narrow<kLanes>(&to->bits,
-                   float_bits_to_bfloat16(bit_cast<Vector<std::uint32_t, kLanes>>(lane)));
+    narrow<kLanes>(&to->bits, float_to_bfloat16_bits<Vector<std::uint32_t, kLanes>>(lane));
   }
 }
 

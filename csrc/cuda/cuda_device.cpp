@@ -35,13 +35,13 @@ class CudaDevice final : public Device {
         cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device.index()));
   }
 
-  c10::Device tensors() const override { return device_; }
   CudaDevice(const CudaDevice&) = delete;
   CudaDevice& operator=(const CudaDevice&) = delete;
   ~CudaDevice() override {
     if (done_ != nullptr) static_cast<void>(cudaEventDestroy(done_));
   }
 
+  c10::Device tensors() const override { return device_; }
   int processors() const override { return processors_; }
   bool captures() const override {
     const c10::cuda::CUDAGuard guard(device_);
