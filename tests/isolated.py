@@ -26,7 +26,7 @@ def python(
         AssertionError: It failed, crashed or took longer than ``timeout`` seconds.
     """
     paths = [str(Path(__file__).parent), *(p or os.getcwd() for p in sys.path)]
-    wanted = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    wanted: dict[str, str | None] = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     if arguments[0] != "-c":
         wanted["PYTHONSAFEPATH"] = None  # a script finds what lies beside it
     wanted |= env or {}

@@ -83,16 +83,14 @@ class Host(Place):
         return p
 
 
+# Where the host does what a device would, to the last bit of the CPU's kernels.
+on_host = pytest.mark.skipif(
+    _C.instruction_set() == "baseline",
+    reason="devices fuse multiply-adds, which the CPU's kernels do not do here",
+)
 on_device = pytest.mark.skipif(not fastsgd.cuda_available(), reason="no CUDA device, or no kernels")
 PLACES = [
-    pytest.param(
-        Host(),
-        id="host",
-        marks=pytest.mark.skipif(
-            _C.instruction_set() == "baseline",
-            reason="devices fuse multiply-adds, which the CPU's kernels do not do here",
-        ),
-    ),
+    pytest.param(Host(), id="host", marks=on_host),
     pytest.param(Place(), id="cuda", marks=on_device),
 ]
 

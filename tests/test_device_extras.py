@@ -22,7 +22,7 @@ from test_clipping_scaled import *  # noqa: F403
 from test_ema_weights import *  # noqa: F403
 from test_skipping import *  # noqa: F403
 
-from fastsgd import _C
+pytestmark = places.on_host
 
 
 class Values(snapshot.Snapshot):
@@ -42,8 +42,6 @@ class Values(snapshot.Snapshot):
 @pytest.fixture(autouse=True)
 def emulated(settings: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let the host do what a device would."""
-    if _C.instruction_set() == "baseline":
-        pytest.skip("devices fuse multiply-adds, which torch does not do here")
     monkeypatch.setattr(onepass.Extended, "may_have_states", True)
     for module in (test_averages, test_skipping):
         monkeypatch.setattr(module, "Snapshot", Values)

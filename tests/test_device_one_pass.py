@@ -20,6 +20,7 @@ from places import (
     assert_alike,
     emulated,
     give,
+    on_host,
     step_both,
     step_here,
     there_and_here,
@@ -285,7 +286,7 @@ def test_the_count_stays_where_it_is(row: Row, place: Place) -> None:
     assert int(count) == 4
 
 
-@pytest.mark.skipif(_C.instruction_set() == "baseline", reason="as in places")
+@on_host
 def test_a_capture_makes_nothing(row: Row) -> None:
     """States and averages would be made anew by every replay."""
     params = parameters((9,), (33, 17))()

@@ -16,7 +16,7 @@ from test_parity import *  # noqa: F403
 from test_zero_grad import *  # noqa: F403
 from torch import Tensor
 
-from fastsgd import _C
+pytestmark = places.on_host
 
 
 def tensor_betas(row: Row) -> bool:
@@ -27,8 +27,6 @@ def tensor_betas(row: Row) -> bool:
 @pytest.fixture(autouse=True)
 def emulated(settings: None, request: pytest.FixtureRequest) -> Iterator[None]:
     """Let the host do what a device would."""
-    if _C.instruction_set() == "baseline":
-        pytest.skip("devices fuse multiply-adds, which torch does not do here")
     name = request.node.name
     if "betas=tensors" in name or (
         "own_options" in name and tensor_betas(request.node.callspec.params["row"])

@@ -211,10 +211,15 @@ class Shards:
                     assert value.shape == p.shape
 
 
+def all_processes() -> DeviceMesh:
+    """Return the mesh of all, on the CPU whatever devices there are."""
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
 def sharded_network(**options: Any) -> nn.Module:
-    """Return the network, each layer of it sharded over the processes, on the CPU by default."""
+    """Return the network, each layer of it sharded over all processes by default."""
     net = network()
-    options.setdefault("mesh", init_device_mesh("cpu", (dist.get_world_size(),)))
+    options.setdefault("mesh", all_processes())
     for layer in net:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, **options)
@@ -403,7 +408,7 @@ def test_a_mesh_each(tmp_path: Path) -> None:
 
 def step_with_states_of_inference_mode() -> None:
     """Worker: each state in turn one whose shard is an ordinary tensor, but not the whole."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = all_processes()
     with each_row() as rows:
         for row in rows:
             p = Parameter(DTensor.from_local(torch.randn(33, 5), mesh, [Shard(0)]))

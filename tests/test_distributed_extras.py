@@ -15,10 +15,10 @@ if not torch.distributed.is_available():
     pytest.skip("torch was built without distributed", allow_module_level=True)
 
 import torch.distributed as dist
-from test_distributed import backward, each_row, local, network
+from test_distributed import backward, each_row, local, network, sharded_network
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
@@ -49,11 +49,7 @@ def train_shards(order: str, skips: bool) -> None:
     norm_type = float(order)
     with each_row() as rows:
         for row in rows:
-            net = network()
-            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-            for layer in (net[0], net[2]):
-                fully_shard(layer, mesh=mesh)
-            fully_shard(net, mesh=mesh)
+            net = sharded_network()
             params = list(net.parameters())
             extras = {"max_grad_norm": 0.5, "norm_type": norm_type, "skip_nonfinite": skips}
             ours = row.ours(params, ema_decay=DECAY, clear_grads="zero", **extras, **row.rich)

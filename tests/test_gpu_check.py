@@ -16,6 +16,7 @@ import pytest
 import torch
 from cases import OPTIMIZERS
 from oracle import all_params
+from places import on_host
 from source_tree import ROOT, require_source
 
 import fastsgd
@@ -31,8 +32,6 @@ import gpu_check  # noqa: E402
 import on_cuda  # noqa: E402
 import sanitized  # noqa: E402
 from kept import keep  # noqa: E402
-
-emulates = pytest.mark.skipif(_C.instruction_set() == "baseline", reason="as in places")
 
 
 def python(code: str) -> list[str]:
@@ -321,7 +320,7 @@ def test_waits_of_the_profiler_do_not_count(monkeypatch: pytest.MonkeyPatch) -> 
 # --- what a sanitizer sees ----------------------------------------------------------------------
 
 
-@emulates
+@on_host
 def test_the_sanitized_run(capsys: pytest.CaptureFixture[str]) -> None:
     """It runs where the host does what a device would, and leaves the host as it was."""
     before = _C.emulated_work()[0]
