@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +20,7 @@ from fastsgd import bench
 from fastsgd.bench import check, measure, opponents, report, steps
 from fastsgd.bench.contest import Settings
 from fastsgd.bench.contestants import Inputs, Training, parameters_of
-from fastsgd.bench.measure import Effort, Runner, race
+from fastsgd.bench.measure import Effort, Runner, Spread, race
 from fastsgd.bench.memory import memory
 from fastsgd.bench.rules import RULES, Mode, Rule
 from fastsgd.bench.shapes import DTYPES, SHAPES, Shape
@@ -314,18 +314,32 @@ def test_a_wrong_opponent_is_not_raced(optimi: types.ModuleType) -> None:
 # --- Timing -----------------------------------------------------------------------------------
 
 
-def test_a_race_alternates_and_divides_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "BLOCK_SECONDS", 1e-3)
+@pytest.fixture
+def takes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Runner]:
+    """A runner whose call takes exactly so many seconds, by a clock that nothing else moves."""
+    now = [0.0]
+
+    def take(seconds: float, called: Callable[[], object] = lambda: None) -> None:
+        now[0] += seconds
+        called()
+
+    monkeypatch.setattr(measure, "perf_counter", lambda: now[0])
+    return lambda *seconds_called: Runner(lambda: take(*seconds_called), threads=1)
+
+
+def test_a_race_alternates_and_divides_pairs(takes: Callable[..., Runner]) -> None:
     order: list[str] = []
-
-    def sleeper(name: str, seconds: float) -> Runner:
-        return Runner(lambda: (order.append(name), time.sleep(seconds)), threads=1)
-
-    found = race(sleeper("a", 0.002), sleeper("b", 0.006), Effort(0.0, pairs=4))
+    ours = takes(0.25, lambda: order.append("a"))
+    rival = takes(0.75, lambda: order.append("b"))
+    found = race(ours, rival, Effort(0.0, pairs=4))
     assert "".join(order) == "ab" + "ab" * 4
     assert found.pairs == 4
-    assert 1.5 < found.ratio.median < 4
-    assert found.ratio.first_quartile <= found.ratio.median <= found.ratio.third_quartile
+    assert found.ratio == Spread(3.0, 3.0, 3.0)
+    assert (found.ours_us, found.rival_us) == (0.25e6, 0.75e6)
+
+
+def test_a_race_goes_on_for_its_time(takes: Callable[..., Runner]) -> None:
+    assert race(takes(0.25), takes(0.75), Effort(6.5, pairs=2)).pairs == 7
 
 
 def test_a_short_call_is_repeated_and_threads_are_put_back() -> None:
@@ -345,10 +359,11 @@ def test_what_is_prepared_is_called_once_each_time() -> None:
     assert order == ["prepare", "call"] * (len(order) // 2)
 
 
-def test_a_hopeless_race_is_broken_off() -> None:
-    slow = Runner(lambda: time.sleep(0.006), threads=1)
-    quick = Runner(lambda: time.sleep(0.0025), threads=1)
-    assert race(quick, slow, Effort(0.0, pairs=9), best=0.5).pairs == 2
+@pytest.mark.parametrize(("seconds", "pairs"), [(0.5, 9), (0.625, 2)])
+def test_a_hopeless_race_is_broken_off(
+    seconds: float, pairs: int, takes: Callable[..., Runner]
+) -> None:
+    assert race(takes(0.25), takes(seconds), Effort(0.0, pairs=9), best=1.0).pairs == pairs
 
 
 def test_backward_makes_each_gradient_anew() -> None:
