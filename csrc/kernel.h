@@ -83,6 +83,8 @@ struct KernelTable {
   Kernel step[kAllKernels];
   Measure squares[kStorages];
   Measure magnitude[kStorages];
+
+  const Measure* measures(Order order) const { return order == Order::kTwo ? squares : magnitude; }
 };
 
 }  // namespace fastsgd

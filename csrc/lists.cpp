@@ -35,24 +35,23 @@ template <class Take>
 [[gnu::flatten]] Left each(PyObject* list, bool of_grads, Take take) {
   Left left;
   const bool directly = !any_mode();
-  constexpr auto kStage = static_cast<Py_ssize_t>(kAhead);
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
-    const Lookahead ahead(list, i);
-    ahead.fetch_param(4 * kStage);
-    if (of_grads) {
-      ahead.fetch_grad(3 * kStage);
-      ahead.fetch_grad_storage(2 * kStage);
-      ahead.fetch_grad_memory(kStage);
+  const auto taken = [&](const at::Tensor& tensor, Py_ssize_t i) {
+    PyObject* object = object_of(*tensor.unsafeGetTensorImpl());
+    return (object == nullptr || exact_tensor(object)) && take(tensor, i);
+  };
+  const Py_ssize_t size = PyList_GET_SIZE(list);
+  if (directly && of_grads) {
+    GradsAhead ahead(list);
+    for (Py_ssize_t i = 0; i < size; ++i) {
+      const GradsAhead::Found& found = ahead.next();
+      const bool has_grad = found.slot != nullptr && found.slot->defined();
+      if (found.param == nullptr || (has_grad && !taken(*found.slot, i))) left.push_back(i);
     }
+    return left;
+  }
+  for (Py_ssize_t i = 0; i < size; ++i) {
     PyObject* object = PyList_GET_ITEM(list, i);
-    const at::Tensor* tensor = nullptr;
-    if (directly && exact_tensor(object)) {
-      tensor = of_grads ? grad_slot(*impl_of(object)) : &tensor_of(object);
-      if (of_grads && (tensor == nullptr || !tensor->defined())) continue;
-      PyObject* grad = object_of(*tensor->unsafeGetTensorImpl());
-      if (grad != nullptr && !exact_tensor(grad)) tensor = nullptr;
-    }
-    if (tensor == nullptr || !take(*tensor, i)) left.push_back(i);
+    if (!directly || !exact_tensor(object) || !taken(tensor_of(object), i)) left.push_back(i);
   }
   return left;
 }
@@ -63,6 +62,7 @@ NormOfAll norm_of_all(PyObject* list, bool of_grads, bool infinity) {
   NormOfAll norm;
   const Order order = infinity ? Order::kInfinity : Order::kTwo;
   Measured measured{};
+  const Measure* measures = kernels().measures(order);
   std::vector<Run> runs;  // those that are long enough to be shared among threads
   std::vector<Span> spans;
   const bool here = !of_grads || !cuda::emulated();  // single norms are always found here
@@ -81,7 +81,7 @@ NormOfAll norm_of_all(PyObject* list, bool of_grads, bool infinity) {
                      Fields::offset(impl) * kItemSizes[type];
     const std::int64_t count = Fields::count(impl);
     if (count <= kPiece) {
-      measure_piece(measured, order, static_cast<Storage>(type), elements, count);
+      measured.add(measures[type](elements, count), order);
       return true;
     }
     if (spans.empty() || spans.back().kernel != type) {

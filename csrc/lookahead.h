@@ -32,9 +32,6 @@ class Lookahead {
   FASTSGD_PREFETCHING void fetch_grad_storage(Py_ssize_t ahead) const {
     if (const auto* grad = grad_at(ahead)) prefetch<kStorageBytes>(storage_of(*grad));
   }
-  FASTSGD_PREFETCHING void fetch_grad_memory(Py_ssize_t ahead) const {
-    if (const void* memory = grad_memory_at(ahead)) prefetch(memory);
-  }
 
   // What is freed with a gradient: its parts, and the allocator's notes, which lie beside each. Of
   // its memory a line is enough, as nobody reads it.
@@ -75,6 +72,68 @@ class Lookahead {
 
   PyObject* const* items_;
   Py_ssize_t left_;
+};
+
+// The parameters of a list one after the other, for whoever does little with each but read its
+// gradient: what one stage has found is kept for the next, as finding it takes as long as its use.
+class GradsAhead {
+ public:
+  struct Found {
+    const c10::TensorImpl* param = nullptr;  // null if it is no exact tensor
+    const at::Tensor* slot = nullptr;        // for its gradient; null if it has none
+    c10::TensorImpl* grad = nullptr;
+    c10::StorageImpl* storage = nullptr;  // of the gradient
+  };
+
+  explicit GradsAhead(PyObject* params)
+      : items_(PySequence_Fast_ITEMS(params)),
+        size_(static_cast<std::size_t>(PySequence_Fast_GET_SIZE(params))) {
+    for (std::size_t i = 0; i < kStages * kStage; ++i) advance();
+  }
+
+  FASTSGD_PREFETCHING const Found& next() {
+    advance();
+    return found(kStages);
+  }
+
+ private:
+  static constexpr std::size_t kStages = 5, kStage = 4, kKept = 32;
+  static_assert(kStages * kStage < kKept);
+
+  // What is at a stage now, or was never found: the number of the first wraps around to those.
+  Found& found(std::size_t stage) { return found_[(last_ - stage * kStage) % kKept]; }
+
+  FASTSGD_PREFETCHING void advance() {
+    ++last_;
+    Found& first = found(0);
+    first = {};
+    if (last_ < size_ && exact_tensor(items_[last_])) {
+      first.param = impl_of(items_[last_]);
+      prefetch(first.param);
+    }
+    Found& second = found(1);
+    if (second.param != nullptr) {
+      second.slot = grad_slot(*second.param);
+      prefetch(second.slot);
+    }
+    Found& third = found(2);
+    if (third.slot != nullptr) {
+      third.grad = third.slot->unsafeGetTensorImpl();
+      prefetch<sizeof(c10::TensorImpl)>(third.grad);
+    }
+    Found& fourth = found(3);
+    if (fourth.grad != nullptr) {
+      fourth.storage = fourth.grad->unsafe_storage().unsafeGetStorageImpl();
+      prefetch<kStorageBytes>(fourth.storage);
+      prefetch(object_of(*fourth.grad));
+    }
+    Found& fifth = found(4);
+    if (fifth.storage != nullptr) prefetch(fifth.storage->_mutable_data_ptr_no_checks().get());
+  }
+
+  PyObject* const* items_;
+  std::size_t size_, last_ = std::size_t(-1);
+  Found found_[kKept];
 };
 
 }  // namespace fastsgd

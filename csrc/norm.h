@@ -22,6 +22,20 @@ inline constexpr double kScaledDown = 0x1p-600, kScaledUp = 0x1p600;
 // Below this a sum of squares may have lost digits of them.
 inline constexpr double kSmallSquares = 0x1p-900;
 
+// Of one piece: the sum is high + low.
+struct PieceMeasured {
+  double high, low;  // by order infinity: the greatest magnitude, and 0
+  bool not_finite;
+  Scaled scaled;
+
+  // What its sum of squares was too large or too small for doubles by, if they are needed for it:
+  // then it is to be measured once more.
+  FASTSGD_LANE Scaled out_of_range(bool of_doubles) const {
+    if (high - high != 0) return not_finite ? Scaled::kNot : Scaled::kDown;
+    return of_doubles && high < kSmallSquares ? Scaled::kUp : Scaled::kNot;
+  }
+};
+
 // What has been measured of some gradients.
 struct Measured {
   ExactSum squares, scaled_down, scaled_up;
@@ -34,6 +48,16 @@ struct Measured {
     scaled_up.add(other.scaled_up);
     greatest = lane::max(greatest, other.greatest);
     not_finite |= other.not_finite;
+  }
+  FASTSGD_LANE void add(const PieceMeasured& piece, Order order) {
+    not_finite |= piece.not_finite;
+    if (order == Order::kInfinity) {
+      greatest = lane::max(greatest, piece.high);
+      return;
+    }
+    ExactSum& exact = sum(piece.scaled);
+    exact.add(piece.high);
+    if (piece.low != 0) exact.add(piece.low);
   }
   FASTSGD_LANE ExactSum& sum(Scaled scaled) {
     return scaled == Scaled::kNot ? squares : scaled == Scaled::kDown ? scaled_down : scaled_up;
@@ -48,20 +72,6 @@ struct Measured {
       return lane::sqrt(small + sum * kScaledUp * kScaledUp) / kScaledUp;
     }
     return lane::sqrt(sum + small / kScaledUp / kScaledUp);
-  }
-};
-
-// Of one piece: the sum is high + low.
-struct PieceMeasured {
-  double high, low;  // by order infinity: the greatest magnitude, and 0
-  bool not_finite;
-  Scaled scaled;
-
-  // What its sum of squares was too large or too small for doubles by, if they are needed for it:
-  // then it is to be measured once more.
-  FASTSGD_LANE Scaled out_of_range(bool of_doubles) const {
-    if (high - high != 0) return not_finite ? Scaled::kNot : Scaled::kDown;
-    return of_doubles && high < kSmallSquares ? Scaled::kUp : Scaled::kNot;
   }
 };
 

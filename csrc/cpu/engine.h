@@ -14,9 +14,6 @@ void execute(const std::vector<Span>& spans, const Run* runs, const Row* rows, c
 
 // Measures the gradients of all the work. Neither order nor threads show in what it finds.
 Measured measure(const std::vector<Span>& spans, const Run* runs, Order order);
-// Adds at most kPiece elements to what was measured.
-void measure_piece(Measured& measured, Order order, Storage type, const char* elements,
-                   std::int64_t count);
 
 // The kernels for the instruction set that torch uses here (ATEN_CPU_CAPABILITY included).
 const KernelTable& kernels();

@@ -10,22 +10,6 @@
 namespace fastsgd {
 namespace {
 
-void add(Measured& measured, Order order, const PieceMeasured& piece) {
-  measured.not_finite |= piece.not_finite;
-  if (order == Order::kInfinity) {
-    measured.greatest = lane::max(measured.greatest, piece.high);
-    return;
-  }
-  ExactSum& sum = measured.sum(piece.scaled);
-  sum.add(piece.high);
-  if (piece.low != 0) sum.add(piece.low);
-}
-
-Measure kernel_for(Order order, int type) {
-  const KernelTable& table = kernels();
-  return (order == Order::kTwo ? table.squares : table.magnitude)[type];
-}
-
 // Elements of one run from a multiple of kPiece on, where its gradient lies in another order.
 void measure_strided(Measured& measured, Order order, Measure measure, const Span& span,
                      const Run& run, std::int64_t begin, std::int64_t end) {
@@ -33,7 +17,7 @@ void measure_strided(Measured& measured, Order order, Measure measure, const Spa
   for (std::int64_t count; begin < end; begin += count) {
     count = std::min(end - begin, kPiece);
     gather(span, run, kGrad, begin, count, tile);
-    add(measured, order, measure(tile, count));
+    measured.add(measure(tile, count), order);
   }
 }
 
@@ -44,16 +28,11 @@ void measure_run(Measured& measured, Order order, Measure measure, const Span& s
   }
   for (; begin < end; begin += kPiece) {
     const std::int64_t count = std::min(end - begin, kPiece);
-    add(measured, order, measure(run.stream[kGrad] + begin * span.item_size, count));
+    measured.add(measure(run.stream[kGrad] + begin * span.item_size, count), order);
   }
 }
 
 }  // namespace
-
-void measure_piece(Measured& measured, Order order, Storage type, const char* elements,
-                   std::int64_t count) {
-  add(measured, order, kernel_for(order, static_cast<int>(type))(elements, count));
-}
 
 Measured measure(const std::vector<Span>& spans, const Run* runs, Order order) {
   std::int64_t bytes = 0;
@@ -63,11 +42,12 @@ Measured measure(const std::vector<Span>& spans, const Run* runs, Order order) {
     }
   }
   const int team = team_for(bytes);
+  const Measure* measures = kernels().measures(order);
   std::vector<Measured> shares(static_cast<std::size_t>(team));
   if (team == 1) {
     for (const Span& span : spans) {
       if (!span.is_step()) continue;
-      const Measure kernel = kernel_for(order, span.storage());
+      const Measure kernel = measures[span.storage()];
       for (std::int64_t r = span.first; r < span.end; ++r) {
         const std::int64_t ahead = r + static_cast<std::int64_t>(kAhead);
         if (ahead < span.end) prefetch(runs[ahead].stream[kGrad]);
@@ -82,7 +62,7 @@ Measured measure(const std::vector<Span>& spans, const Run* runs, Order order) {
         spans, runs, bytes * share / team, bytes * (share + 1) / team, kPiece,
         [](const Span& span) { return span.is_step() ? span.item_size : 0; },
         [&](const Span& span, const Run& run, std::int64_t first, std::int64_t last) {
-          measure_run(measured, order, kernel_for(order, span.storage()), span, run, first, last);
+          measure_run(measured, order, measures[span.storage()], span, run, first, last);
         });
     shares[static_cast<std::size_t>(share)] = measured;
   });
