@@ -16,7 +16,7 @@ def run(function: Any, folder: Path, *arguments: Any, world: int = 2, timeout: f
     """Call ``function(*arguments)``, of a module of the tests, in each process; return the output.
 
     The group is there before the call and gone after it. Each process has one thread, so that sums
-    of gradients are the same every time.
+    of gradients are the same every time, and sees no GPU, to which torch would move what it shards.
 
     Raises:
         AssertionError: A process failed or hung.
@@ -26,9 +26,8 @@ def run(function: Any, folder: Path, *arguments: Any, world: int = 2, timeout: f
     workers.start({function.__module__!r}, {function.__name__!r}, {str(folder / "store")!r},
                   {arguments!r}, {world})
     """
-    return isolated.run(
-        code, timeout=timeout, env={"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    )
+    env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    return isolated.run(code, timeout=timeout, env=env)
 
 
 def start(module: str, name: str, store: str, arguments: Any, world: int) -> None:
