@@ -67,36 +67,6 @@ def test_function_with_halves(dtype: torch.dtype, norm_type: float) -> None:
         )
 
 
-class Other(Parameter):
-    """A class that could mean something else by its data."""
-
-
-def made(kind: int) -> Tensor:
-    """One of the things of which a list can be made."""
-    if kind == 0:
-        return torch.ones(3)  # which never had a gradient
-    p = Other(torch.ones(3)) if kind == 1 else Parameter(torch.ones(3))
-    if kind != 2:
-        p.grad = random_grad(p)
-    if kind == 3:
-        p.grad = p.grad.as_subclass(Other)
-    return p
-
-
-@pytest.mark.parametrize("count", [0, 1, 4, 19, 20, 21, 31, 32, 33, 100])
-def test_function_looks_ahead(count: int) -> None:
-    """Each gradient is found once, wherever in the list, whatever stands beside it."""
-    for first in range(5):
-        params = [made((first + i * i) % 5) for i in range(count)]
-        grads = [p.grad for p in params if p.grad is not None]
-        before = copies(grads)
-        norm = fastsgd.clip_grad_norm_(params, 0.5)
-        assert_norm(norm, [g.as_subclass(Tensor) for g in before], 2.0)
-        for grad, was in zip(grads, before, strict=True):
-            assert_equal(grad.as_subclass(Tensor), was.as_subclass(Tensor) * coefficient(norm, 0.5))
-        assert [p.grad is None for p in params].count(False) == len(grads)
-
-
 def of_one(p: Tensor) -> Any:
     return p
 
@@ -182,6 +152,35 @@ def test_function_takes_what_torch_takes(kind: Any, norm_type: float, strict: bo
     torch.testing.assert_close(grad, right, equal_nan=True)
     if isinstance(theirs, Tensor):
         torch.testing.assert_close(mine, theirs)
+
+
+def made(kind: int) -> Tensor:
+    """One of the things of which a list can be made."""
+    if kind == 0:
+        return torch.ones(3)  # which never had a gradient
+    p = Parameter(torch.ones(3))
+    if kind == 1:
+        p = torch.ones(3).as_subclass(Own).requires_grad_()
+    if kind != 2:
+        p.grad = random_grad(p)
+    if kind == 3:
+        p.grad = p.grad.as_subclass(Own)
+    return p
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 19, 20, 21, 31, 32, 33, 100])
+def test_function_looks_ahead(count: int) -> None:
+    """Each gradient is found, wherever in the list, whatever stands beside it."""
+    for first in range(5):
+        params = [made((first + i * i) % 5) for i in range(count)]
+        grads = [p.grad for p in params if p.grad is not None]
+        before = copies(grads)
+        norm = fastsgd.clip_grad_norm_(params, 0.5)
+        assert_norm(norm, [g.as_subclass(Tensor) for g in before], 2.0)
+        for grad, was in zip(grads, before, strict=True):
+            assert_equal(grad.as_subclass(Tensor), was.as_subclass(Tensor) * coefficient(norm, 0.5))
+        held = [p.grad for p in params if p.grad is not None]
+        assert all(now is grad for now, grad in zip(held, grads, strict=True))
 
 
 def test_bits_on_every_instruction_set() -> None:
