@@ -1,5 +1,7 @@
 #include "counters.h"
 
+#include "version.h"
+
 namespace fastsgd {
 
 void Counters::collect(std::vector<Range>& writes) const {
@@ -10,7 +12,7 @@ void Counters::collect(std::vector<Range>& writes) const {
 }
 
 void Counters::bump_versions() const {
-  for (const Counter& counter : kept()) counter.tensor->bump_version();
+  for (const Counter& counter : kept()) count_write(*counter.tensor);
 }
 
 void Counters::advance() const {

@@ -7,6 +7,7 @@
 #include "plain.h"
 #include "prefetch.h"
 #include "pytensor.h"
+#include "version.h"
 
 namespace fastsgd {
 
@@ -42,7 +43,7 @@ class Lookahead {
     const auto* grad = grad_at(ahead);
     if (grad == nullptr) return;
     prefetch<sizeof(c10::StorageImpl) + kNotes>(storage_of(*grad));
-    prefetch<kCounterBytes + kNotes>(Fields::counter(*grad));
+    prefetch<kCounterBytes + kNotes>(version_of(*grad), -kVersionAt);
   }
   FASTSGD_PREFETCHING void fetch_memory_to_free(Py_ssize_t ahead) const {
     const void* memory = grad_memory_at(ahead);
@@ -51,6 +52,7 @@ class Lookahead {
 
  private:
   static constexpr std::size_t kCounterBytes = 32;
+  static constexpr std::ptrdiff_t kVersionAt = sizeof(c10::intrusive_ptr_target);
   static constexpr std::size_t kNotes = 32;
 
   static c10::StorageImpl* storage_of(const c10::TensorImpl& tensor) {

@@ -34,12 +34,7 @@ class Fields : c10::TensorImpl {
     return tensor.*&Fields::storage_offset_;
   }
 
-  // And these for all. The counter's is an address to fetch, no more.
-  static const void* counter(const c10::TensorImpl& tensor) {
-    const void* counter;
-    std::memcpy(&counter, &(tensor.*&Fields::version_counter_), sizeof(counter));
-    return counter;
-  }
+  // And these for all.
   static c10::AutogradMetaInterface* autograd(const c10::TensorImpl& tensor) {
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Winvalid-offsetof"

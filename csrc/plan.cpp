@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "gil.h"
+#include "version.h"
 
 namespace fastsgd {
 namespace {
@@ -321,9 +322,11 @@ void Plan::release() {
 }
 
 void Plan::bump_versions() const {
+  constexpr std::size_t kFar = 2 * kAhead;  // tensors, of which a parameter has several
   for (std::size_t i = 0; i < owners_used_; ++i) {
-    if (i + kAhead < owners_used_) prefetch(Fields::counter(*owners_[i + kAhead]));
-    owners_[i]->bump_version();
+    if (i + 2 * kFar < owners_used_) prefetch<kHeadBytes>(owners_[i + 2 * kFar]);
+    if (i + kFar < owners_used_) prefetch(version_of(*owners_[i + kFar]));
+    count_write(*owners_[i]);
   }
   counters_.bump_versions();
 }

@@ -101,6 +101,11 @@ class Walker {
   void bring_count(Averaged& averaged, cuda::DeviceWork& there, Known known);
   void end_average(PyObject* attributes, Averaged& averaged, bool counts_there);
   void clear(PyObject* groups, bool stepped);
+  // Whether zeros are all that clearing a gradient takes, as may be told by little.
+  bool zeros_clear(const c10::TensorImpl& grad, const c10::TensorImpl& memory) const {
+    return !walks_again_ && Fields::autograd(grad) == nullptr &&
+           plain().type_of(memory) != kStorages;
+  }
   [[gnu::noinline]] bool look_before_clearing(const at::Tensor& grad,
                                               const c10::TensorImpl& memory);
   [[gnu::noinline]] bool plan_average(Place place, PyObject* param);

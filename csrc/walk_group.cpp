@@ -106,8 +106,10 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
     subject.tensor[kParam] = tensor;
     subject.tensor[kGrad] = grad_tensor;
   }
-  if (looks_before_clearing_ && !look_before_clearing(*grad, *subject.tensor[kGrad])) [[unlikely]]
+  if (looks_before_clearing_ && !zeros_clear(*grad_tensor, *subject.tensor[kGrad]) &&
+      !look_before_clearing(*grad, *subject.tensor[kGrad])) [[unlikely]] {
     return true;
+  }
   if constexpr (kStates + kCounts > 0) {
     const int structure = group.structure;
     c10::TensorImpl** states = subject.tensor + kState;
@@ -152,7 +154,7 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
   return true;
 }
 
-// Whether there is more to clearing a gradient than zeros: one in a graph is detached from it
+// What there is to clearing a gradient but zeros in the pass: one in a graph is detached from it
 // afterwards, and one whose elements share memory is zeroed afterwards, as it is still read when
 // the first of them have been stepped. False, from the first such on, where this walk comes to
 // nothing.
