@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import threading
 from collections.abc import Callable
@@ -229,18 +230,18 @@ def test_usable_after_an_error(row: Row, spoil: Spoil) -> None:
     twins.run(2)
 
 
-def test_a_released_storage(row: Row) -> None:
+def test_a_released_storage() -> None:
     """A parameter whose memory was given back (stock crashes): an error and nothing written.
 
     Without a grad it is left alone.
     """
     said = isolated.run(
-        f"""
+        """
         import torch
         from cases import OPTIMIZERS
         from oracle import assert_equal
-        row = OPTIMIZERS[{OPTIMIZERS.index(row)}]
-        for what in ("parameter", "grad", "no grad", *row.states):
+        whats = ("parameter", "grad", "no grad")
+        for row, what in ((row, what) for row in OPTIMIZERS for what in (*whats, *row.states)):
             good, bad = (torch.nn.Parameter(torch.ones(1000)) for _ in range(2))
             optimizer = row.ours([good, bad], **row.rich)
             for p in (good, bad):
@@ -249,21 +250,21 @@ def test_a_released_storage(row: Row) -> None:
             before = good.detach().clone()
             if what == "no grad":
                 bad.grad = None
-            victim = {{"parameter": bad, "grad": bad.grad, "no grad": bad,
-                       **optimizer.state[bad]}}[what]
+            victim = {"parameter": bad, "grad": bad.grad, "no grad": bad,
+                      **optimizer.state[bad]}[what]
             victim.untyped_storage().resize_(0)
             try:
                 optimizer.step()
             except RuntimeError as refused:
-                assert what != "no grad", refused
+                assert what != "no grad", (row, refused)
                 assert_equal(good.detach(), before)
-                print(what, "|", str(refused).splitlines()[0])
+                print(row.name, what, "|", str(refused).splitlines()[0])
             else:
-                assert what == "no grad", what
+                assert what == "no grad", (row, what)
                 assert not torch.equal(good, before)
         """
     )
-    assert len(said.splitlines()) == 2 + len(row.states)
+    assert len(said.splitlines()) == sum(2 + len(row.states) for row in OPTIMIZERS)
 
 
 def test_a_released_storage_outside_of_a_step() -> None:
@@ -334,23 +335,23 @@ def test_a_released_storage_outside_of_a_step() -> None:
         assert message.endswith("too few for its shape [40, 30]. Was it freed or resized?")
 
 
-def test_a_storage_too_small(row: Row) -> None:
+def test_a_storage_too_small() -> None:
     """Memory that ends before the parameter does."""
     isolated.run(
-        f"""
+        """
         import torch
         from cases import OPTIMIZERS
-        row = OPTIMIZERS[{OPTIMIZERS.index(row)}]
-        p = torch.nn.Parameter(torch.ones(1000))
-        p.grad = torch.ones(1000)
-        p.untyped_storage().resize_(400)
-        optimizer = row.ours([p], **row.rich)
-        try:
-            optimizer.step()
-        except RuntimeError:
-            pass
-        else:
-            raise SystemExit("wrote beyond the memory")
+        for row in OPTIMIZERS:
+            p = torch.nn.Parameter(torch.ones(1000))
+            p.grad = torch.ones(1000)
+            p.untyped_storage().resize_(400)
+            optimizer = row.ours([p], **row.rich)
+            try:
+                optimizer.step()
+            except RuntimeError:
+                pass
+            else:
+                raise SystemExit(f"{row.name} wrote beyond the memory")
         """
     )
 
@@ -473,29 +474,34 @@ def test_parameters_over_numpy_memory(row: Row) -> None:
 # Threads and processes.
 
 
-def test_keys_that_run_code_when_they_go(row: Row) -> None:
+def test_keys_that_run_code_when_they_go() -> None:
     """A group's key of a class of its own, whose end clears the groups: not during a step."""
     isolated.run(
-        f"""
+        """
         import torch
         from cases import OPTIMIZERS
-        row = OPTIMIZERS[{OPTIMIZERS.index(row)}]
-        params = [torch.nn.Parameter(torch.ones(1 << 20)) for _ in range(2)]
-        for p in params:
-            p.grad = torch.ones_like(p)
-        optimizer = row.ours([{{"params": [p]}} for p in params], **row.rich)
-        del p, params
+
         class Key(str):
             def __del__(self):
-                optimizer.param_groups[0]["params"].clear()
-        group = optimizer.param_groups[1]
-        group[Key("lr")] = group.pop("lr")
-        optimizer.step()
-        lr = group.pop("lr")
-        optimizer.param_groups[0]["params"].append(torch.nn.Parameter(torch.ones(1 << 20)))
-        optimizer.param_groups[0]["params"][0].grad = torch.ones(1 << 20)
-        group["".join(["l", "r"])] = lr
-        optimizer.step()
+                self.optimizer.param_groups[0]["params"].clear()
+
+        for row in OPTIMIZERS:
+            params = [torch.nn.Parameter(torch.ones(1 << 20)) for _ in range(2)]
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer = row.ours([{"params": [p]} for p in params], **row.rich)
+            del p, params
+            group = optimizer.param_groups[1]
+            key = Key("lr")
+            key.optimizer = optimizer
+            group[key] = group.pop("lr")
+            del key
+            optimizer.step()
+            lr = group.pop("lr")
+            optimizer.param_groups[0]["params"].append(torch.nn.Parameter(torch.ones(1 << 20)))
+            optimizer.param_groups[0]["params"][0].grad = torch.ones(1 << 20)
+            group["".join(["l", "r"])] = lr
+            optimizer.step()
         """
     )
 
@@ -671,7 +677,7 @@ FORK = """
 """
 
 
-@pytest.mark.parametrize("before", [0, 1, 2])
+@pytest.mark.parametrize("row, before", list(zip(OPTIMIZERS, itertools.cycle([0, 1, 2]))), ids=repr)
 def test_fork(row: Row, before: int) -> None:
     """A child forked after parallel steps may step; the parent goes on with all its threads."""
     if not hasattr(__import__("os"), "fork"):
@@ -681,29 +687,28 @@ def test_fork(row: Row, before: int) -> None:
     assert isolated.run(code, timeout=100).strip() == "done"
 
 
-def test_data_loader_workers_fork(row: Row) -> None:
+def test_data_loader_workers_fork() -> None:
     """Training with forked DataLoader workers, the everyday fork."""
     isolated.run(
         """
         import torch
         from torch.utils.data import DataLoader, TensorDataset
         from cases import OPTIMIZERS
-        row = OPTIMIZERS[INDEX]
-        net = torch.nn.Linear(1000, 1000)
-        optimizer = row.ours(net.parameters(), **row.rich)
         data = TensorDataset(torch.randn(16, 1000))
-        for _ in range(2):
+        for row in OPTIMIZERS:
+            net = torch.nn.Linear(1000, 1000)
+            optimizer = row.ours(net.parameters(), **row.rich)
             for (x,) in DataLoader(data, batch_size=4, num_workers=2,
                                    multiprocessing_context="fork"):
                 optimizer.zero_grad()
                 net(x).square().mean().backward()
                 optimizer.step()
-        """.replace("INDEX", str(OPTIMIZERS.index(row))),
+        """,
         timeout=100,
     )
 
 
-def test_import_in_a_fresh_interpreter_without_numpy(row: Row) -> None:
+def test_import_in_a_fresh_interpreter_without_numpy() -> None:
     """The package needs torch and nothing else."""
     isolated.run(
         """
@@ -711,11 +716,12 @@ def test_import_in_a_fresh_interpreter_without_numpy(row: Row) -> None:
         for name in ("numpy", "sklearn", "matplotlib", "tqdm", "pytest", "hypothesis"):
             sys.modules[name] = None
         import torch, fastsgd
-        p = torch.nn.Parameter(torch.ones(70))
-        p.grad = torch.ones(70)
-        fastsgd.NAME([p], lr=0.1).step()
-        assert float(p[0].detach()) < 1
-        """.replace("NAME", row.name)
+        for name in NAMES:
+            p = torch.nn.Parameter(torch.ones(70))
+            p.grad = torch.ones(70)
+            getattr(fastsgd, name)([p], lr=0.1).step()
+            assert float(p[0].detach()) < 1
+        """.replace("NAMES", str([row.name for row in OPTIMIZERS]))
     )
 
 
