@@ -16,6 +16,15 @@ from twins import ORDINARY
 
 from fastsgd.bench import malloc
 
+# All that a step does beside stock's, at once.
+EXTRAS: dict[str, Any] = {
+    "max_grad_norm": 0.01,
+    "clip_grad_value": 0.5,
+    "skip_nonfinite": True,
+    "ema_decay": 0.9,
+    "clear_grads": "zero",
+}
+
 CHILD = """
     import ctypes, gc, torch
     from cases import OPTIMIZERS, DTYPES
@@ -48,7 +57,7 @@ CHILD = """
     probe = counter.allocations()
     torch.empty(100_000)
     assert counter.allocations() > probe, "the counter does not count"
-    for options in (row.plain, row.rich, {{**row.rich, **row.fused}}):
+    for options in (row.plain, row.rich, {{**row.rich, **row.fused}}, {{**row.rich, **{extras}}}):
         for dtype in DTYPES:
             measure("small", [(4, 3), (3,)], dtype, options, 1)
         for dtype in (torch.float32, torch.bfloat16):
@@ -63,14 +72,15 @@ CHILD = """
 def test_a_warm_step_allocates_nothing(row: Row, tmp_path: Path) -> None:
     """Neither Python nor C++ asks the system for memory: malloc itself is counted."""
     surroundings = preload.surroundings(malloc.COUNTING, tmp_path)
-    code = CHILD.format(index=OPTIMIZERS.index(row))
+    code = CHILD.format(index=OPTIMIZERS.index(row), extras=EXTRAS)
     assert isolated.run(code, env=surroundings).strip() == "done"
 
 
-@pytest.mark.parametrize("options", ["plain", "rich"])
+@pytest.mark.parametrize("options", ["plain", "rich", "extras"])
 def test_no_tensor_is_made_by_a_warm_step(row: Row, options: str) -> None:
     """Torch's allocator, watched by the profiler, is not called."""
-    optimizer = row.ours(ORDINARY(), **getattr(row, options))
+    given = {**row.rich, **EXTRAS} if options == "extras" else getattr(row, options)
+    optimizer = row.ours(ORDINARY(), **given)
     for p in all_params(optimizer):
         p.grad = torch.ones_like(p)
     for _ in range(3):
@@ -83,7 +93,7 @@ def test_no_tensor_is_made_by_a_warm_step(row: Row, options: str) -> None:
 
 
 def test_peak_memory_of_a_step(row: Row) -> None:
-    """A step needs its states and nothing beside them (stock's foreach copies the grads)."""
+    """A step needs its states and averages, and no more (stock's foreach copies the grads)."""
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
     isolated.run(
@@ -101,9 +111,13 @@ def test_peak_memory_of_a_step(row: Row) -> None:
         params = [torch.nn.Parameter(torch.ones(MIB * 2**18 // 4)) for _ in range(4)]
         for p in params:
             p.grad = torch.ones_like(p)
-        for options, states in ((row.plain, len(row.plain_states)), (row.rich, len(row.states))):
+        extras = {{**row.rich, **{EXTRAS}}}
+        cases = [(row.plain, len(row.plain_states)), (row.rich, len(row.states))]
+        for options, states in (*cases, (extras, len(row.states) + 1)):
+            optimizer = None  # the last one's states are gone
             optimizer = row.ours(params, **options)
             states -= row.eager and len(row.states)
+            open("/proc/self/clear_refs", "w").write("5")  # the peak is now what is resident
             before = peak()
             for _ in range(3):
                 optimizer.step()

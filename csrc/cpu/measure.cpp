@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <mutex>
 #include <vector>
 
 #include "cpu/engine.h"
@@ -43,7 +44,7 @@ Measured measure(const std::vector<Span>& spans, const Run* runs, Order order) {
   }
   const int team = team_for(bytes);
   const Measure* measures = kernels().measures(order);
-  std::vector<Measured> shares(static_cast<std::size_t>(team));
+  Measured all{};
   if (team == 1) {
     for (const Span& span : spans) {
       if (!span.is_step()) continue;
@@ -51,11 +52,12 @@ Measured measure(const std::vector<Span>& spans, const Run* runs, Order order) {
       for (std::int64_t r = span.first; r < span.end; ++r) {
         const std::int64_t ahead = r + static_cast<std::int64_t>(kAhead);
         if (ahead < span.end) prefetch(runs[ahead].stream[kGrad]);
-        measure_run(shares[0], order, kernel, span, runs[r], 0, runs[r].count);
+        measure_run(all, order, kernel, span, runs[r], 0, runs[r].count);
       }
     }
-    return shares[0];
+    return all;
   }
+  std::mutex adding;
   in_team(team, [&](int share) {
     Measured measured{};  // of this thread alone, and so of its cache
     visit_share(
@@ -64,10 +66,10 @@ Measured measure(const std::vector<Span>& spans, const Run* runs, Order order) {
         [&](const Span& span, const Run& run, std::int64_t first, std::int64_t last) {
           measure_run(measured, order, measures[span.storage()], span, run, first, last);
         });
-    shares[static_cast<std::size_t>(share)] = measured;
+    const std::lock_guard<std::mutex> lock(adding);
+    all.add(measured);  // nothing is rounded: whose turn it is does not show
   });
-  for (std::size_t i = 1; i < shares.size(); ++i) shares[0].add(shares[i]);
-  return shares[0];
+  return all;
 }
 
 }  // namespace fastsgd
