@@ -397,9 +397,13 @@ def test_the_timed_steps_move_little(rule: Rule) -> None:
 def test_a_warm_step_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     preload.skip_unless_possible()
     monkeypatch.delenv(preload.TRACER, raising=False)
-    found = {(m.what, m.mode): m for m in memory(2, ["1000x16"])}
-    for rule in (RULES["momentum"], RULES["adamw"]):
-        ours, stock = found[rule.title, "fastsgd"], found[rule.title, "default"]
-        assert ours.allocations == 0
-        assert ours.peak_bytes is None or ours.peak_bytes < 1 << 20
-        assert stock.allocations is not None and stock.allocations > 1000
+    found = {(m.shape, m.what, m.mode): m for m in memory(2)}
+    for shape in ("1000x16", "mobilenet-v3"):
+        for what, states in (("momentum, wd", 1), ("AdamW", 2), ("AdamW, all four", 3)):
+            ours, stock = found[shape, what, "fastsgd"], found[shape, what, "default"]
+            assert ours.allocations == 0
+            assert ours.peak_bytes is None or ours.peak_bytes < 1 << 20
+            assert stock.allocations is not None and stock.allocations > 1000
+            counters = 4 * SHAPES[shape].tensors if what.startswith("AdamW") else 0
+            assert ours.state_bytes == states * ours.gradient_bytes + counters
+            assert ours.held_bytes is None or ours.held_bytes < ours.state_bytes + (4 << 20)

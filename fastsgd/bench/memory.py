@@ -1,29 +1,34 @@
-"""What a step takes from memory: its peak, and how often it asks for any once warm.
+"""What steps take from memory: what they hold, their peak, and how often they ask for any.
 
 Measured in a process of its own, under a `malloc` that counts, and without a pool of Python's own
 before it: every object, tensor and vector that is made is seen.
 """
 
 import ctypes
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastsgd.bench import malloc
 from fastsgd.bench.contestants import Inputs, Training
-from fastsgd.bench.rules import RULES, Mode, Rule
-from fastsgd.bench.shapes import SHAPES, Shape
+from fastsgd.bench.one_pass import Chain, Loop, Ours, Stock
+from fastsgd.bench.rules import RULES
+from fastsgd.bench.shapes import SHAPES
 
 # Counted and watched over this many steps, each after a backward of its own.
 STEPS = 3
 MEMORY_RULES = ("momentum", "adamw")
+CHAINED_RULE, CHAIN_TITLE = "adamw", "AdamW, all four"
 WARM_UP_STEPS = 2
 
 
@@ -33,9 +38,12 @@ class Memory:
 
     Attributes:
         shape: The shape's name.
-        what: The rule.
+        what: The rule, and what is done around its steps.
         mode: `fastsgd`, or one of stock's.
         gradient_bytes: The size of all gradients, for comparison.
+        state_bytes: The size of all states, averages included.
+        held_bytes: By how much resident memory has grown from before the first step to when the
+            steps are warm. None where the kernel does not tell.
         peak_bytes: By how much a warm step's peak of resident memory passes what was resident
             before it; the most of all steps. None where the kernel does not tell.
         allocations: Calls of `malloc` and its kin a warm step. None without a C compiler.
@@ -45,6 +53,8 @@ class Memory:
     what: str
     mode: str
     gradient_bytes: int
+    state_bytes: int
+    held_bytes: int | None
     peak_bytes: int | None
     allocations: float | None
 
@@ -66,37 +76,64 @@ def memory(threads: int, shapes: Sequence[str] = ("1000x16", "mobilenet-v3")) ->
 def child(threads: int, shapes: Sequence[str]) -> None:
     """Measure in this process, and print JSON."""
     torch.set_num_threads(threads)
-    found = [
-        of(SHAPES[name], mode, rule)
-        for name in shapes
-        for rule in map(RULES.__getitem__, MEMORY_RULES)
-        for mode in (rule.ours, *rule.rivals)
-    ]
+    found = [memory for name in shapes for memory in memories(Inputs.random(SHAPES[name]))]
     print(json.dumps([asdict(memory) for memory in found]))
 
 
-def of(shape: Shape, mode: Mode, rule: Rule) -> Memory:
-    """Measure warm steps over real gradients."""
-    training = Training(Inputs.random(shape), mode, rule)
-    step, backward = training.optimizer.step, training.backward
+def memories(inputs: Inputs) -> Iterator[Memory]:
+    """Measure steps alone, and what one pass does against stock's chain."""
+    for rule in map(RULES.__getitem__, MEMORY_RULES):
+        for mode in (rule.ours, *rule.rivals):
+            training = Training(inputs, mode, rule)
+            named = (inputs.shape.name, rule.title, mode.name)
+            yield of(named, training, training.optimizer.step)
+    rule = RULES[CHAINED_RULE]
+    lr, around = rule.timed["lr"], Chain(CHAIN_TITLE, inputs.shape.name, rule.name)
+    for mode in (rule.ours, *rule.rivals):
+        ours = mode is rule.ours
+        loop = Ours(around, rule, inputs, lr) if ours else Stock(around, rule, mode, inputs, lr)
+        yield of((around.shape, around.title, mode.name), loop, loop, loop.averages)
+
+
+def of(
+    named: tuple[str, str, str],
+    training: Training | Loop,
+    step: Callable[[], object],
+    averages: Callable[[], list[Tensor]] = list,
+) -> Memory:
+    """Measure steps over gradients that a backward has made.
+
+    Args:
+        named: The shape, what is done, and who does it.
+        training: Whose backward it is; no step has been taken.
+        step: What is measured.
+        averages: What is kept beside the optimizer's states, or among them.
+    """
+    gc.collect()  # what was measured before is gone
+    training.backward()
+    before = resident("VmRSS")
     for _ in range(WARM_UP_STEPS):
-        backward()
         step()
+        training.backward()
+    after = resident("VmRSS")
+    held = None if before is None or after is None else after - before
     peaks, counts = [], []
     for _ in range(STEPS):
-        backward()
         counts.append(allocations_of(step))
-        backward()
+        training.backward()
         peaks.append(peak_of(step))
+        training.backward()
     known_peaks = [peak for peak in peaks if peak is not None]
     known_counts = [count for count in counts if count is not None]
+    states = chain.from_iterable(state.values() for state in training.optimizer.state.values())
+    kept = {id(x): x.nbytes for x in (*states, *averages()) if isinstance(x, Tensor)}
     return Memory(
-        shape.name,
-        rule.title,
-        mode.name,
-        sum(p.nbytes for p in training.parameters),
-        max(known_peaks, default=None),
-        sum(known_counts) / STEPS if known_counts else None,
+        *named,
+        gradient_bytes=sum(p.nbytes for p in training.parameters),
+        state_bytes=sum(kept.values()),
+        held_bytes=held,
+        peak_bytes=max(known_peaks, default=None),
+        allocations=sum(known_counts) / STEPS if known_counts else None,
     )
 
 
@@ -120,19 +157,29 @@ def allocations_of(call: Callable[[], object]) -> int | None:
 def peak_of(call: Callable[[], object]) -> int | None:
     """By how much resident memory, at its peak within a call, passes what it was before."""
     try:
-        # What free() kept is given back, or else taking it again would not show.
-        ctypes.CDLL(None).malloc_trim(0)
+        trim()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
-        before = resident()
-        call()
-        return resident() - before
-    except (OSError, AttributeError):
+    except OSError:
         return None
+    before = resident("VmHWM")
+    call()
+    after = resident("VmHWM")
+    return None if before is None or after is None else after - before
 
 
-def resident() -> int:
-    """The peak of resident memory in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    raise OSError("the kernel does not tell the peak of resident memory")
+def resident(name: str) -> int | None:
+    """Resident memory in bytes: now by the kernel's name `VmRSS`, at its peak by `VmHWM`."""
+    if name == "VmRSS":
+        trim()
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line for line in lines if line.startswith(f"{name}:")]
+    return 1024 * int(found[0].split()[1]) if found else None
+
+
+def trim() -> None:
+    """Give back what free() kept, or else taking it again would not show."""
+    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)

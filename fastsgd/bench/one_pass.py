@@ -105,20 +105,12 @@ class Stock(Loop):
     """One call after the other."""
 
     def __init__(self, chain: Chain, rule: Rule, mode: Mode, inputs: Inputs, lr: float) -> None:
-        """Make the optimizer, and the model of the averages."""
+        """Make the optimizer."""
         super().__init__(inputs.optimizer(mode, rule, lr), inputs)
+        self.chain = chain
         self.model = torch.nn.ParameterList(self.parameters)
-        self.averaged = None
-        self.zeros = chain.zeros
-        if chain.averages:
-            gradients = [p.grad for p in self.parameters]
-            for p in self.parameters:
-                p.grad = None  # or the copy would have copies of them
-            average = get_ema_multi_avg_fn(DECAY)
-            self.averaged = AveragedModel(self.model, multi_avg_fn=average)
-            for p, gradient in zip(self.parameters, gradients, strict=True):
-                p.grad = gradient
-            self.averages = lambda: list(self.averaged.module)  # type: ignore[union-attr, arg-type]
+        self.averaged: AveragedModel | None = None
+        self.averages = lambda: list(self.averaged.module)  # type: ignore[union-attr, arg-type]
 
     def __call__(self) -> None:
         """Do it."""
@@ -134,10 +126,21 @@ class Stock(Loop):
     def rest(self) -> None:
         """What follows the clipping."""
         self.optimizer.step()
-        if self.averaged is not None:
+        if self.chain.averages:
+            if self.averaged is None:
+                self.averaged = self.copied()
             self.averaged.update_parameters(self.model)
-        if self.zeros:
+        if self.chain.zeros:
             self.optimizer.zero_grad(set_to_none=False)
+
+    def copied(self) -> AveragedModel:
+        """The model of the averages, made at the first step as states are."""
+        for p in self.parameters:
+            p.grad = None  # or the copy would have copies of them
+        averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+        for p, gradient in zip(self.parameters, self.gradients, strict=True):
+            p.grad = gradient
+        return averaged
 
 
 def one_pass_rows(settings: Settings, shapes: Sequence[str] | None = None) -> Iterator[Row]:

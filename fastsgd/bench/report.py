@@ -166,15 +166,16 @@ def against(who: str, what: str, race: Race) -> str:
 
 
 def memory_lines(found: Iterable[Memory]) -> Iterable[str]:
-    """What a warm step takes."""
-    columns = "{:<19}{:<17}{:<10}{:>20}{:>26}{:>16}"
+    """What is held once warm, and what a warm step takes."""
+    columns = "{:<19}{:<17}{:<10}{:>12}{:>12}{:>12}{:>12}{:>18}"
     yield columns.format(
-        "shape", "step", "", "malloc calls a step", "peak beyond what was, MB", "gradients, MB"
+        *("shape", "step", "", "calls", "peak, MB", "held, MB", "states, MB", "gradients, MB")
     )
     for m in found:
-        calls = "no C compiler" if m.allocations is None else f"{m.allocations:g}"
-        peak = "not told" if m.peak_bytes is None else f"{m.peak_bytes / 1e6:.1f}"
-        yield columns.format(m.shape, m.what, m.mode, calls, peak, f"{m.gradient_bytes / 1e6:.1f}")
+        calls = "no compiler" if m.allocations is None else f"{m.allocations:g}"
+        sizes = [m.peak_bytes, m.held_bytes, m.state_bytes, m.gradient_bytes]
+        cells = ["not told" if size is None else f"{size / 1e6:.1f}" for size in sizes]
+        yield columns.format(m.shape, m.what, m.mode, calls, *cells)
 
 
 def document(results: Results, options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

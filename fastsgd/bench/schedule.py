@@ -22,7 +22,7 @@ SECTIONS = {
     "zero-grad": "zero_grad() on gradients that a backward has just made",
     "one-pass": "clip, step, average, zero: one step() of ours, four calls of stock's",
     "groups": "step() of 465 tensors, each in a group of its own or all in one; both ours",
-    "memory": "step() on gradients that a backward has just made, once warm",
+    "memory": "what steps hold, and what a warm one takes right after a backward",
     # Last: it leaves threads behind.
     "oversubscribed": "SGD step() of 2000x64 with more threads than cores",
 }
