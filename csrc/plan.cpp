@@ -14,6 +14,9 @@ namespace fastsgd {
 namespace {
 
 constexpr std::int64_t kWorthTheGil = 8 << 20;  // bytes: about a millisecond
+// Bytes of one tensor: what work over fewer takes is less than the walk took, which has to have the
+// GIL, and not much more than counting a holder in and out.
+constexpr std::int64_t kWorthHolding = 4 << 10;
 
 at::Tensor tensor_of(c10::TensorImpl& tensor) {
   return at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&tensor));
@@ -308,7 +311,10 @@ void Plan::retain(c10::StorageImpl* storage) {
   storages_.push_back(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage));
 }
 
-bool Plan::is_long() const { return bytes_ >= kWorthTheGil; }
+bool Plan::is_long() const {
+  return bytes_ >= kWorthTheGil &&
+         bytes_ >= kWorthHolding * static_cast<std::int64_t>(holders_used_);
+}
 
 void Plan::retain_memory() {
   if (!is_long() || !storages_.empty()) return;

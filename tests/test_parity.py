@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,28 @@ def test_thread_counts(row: Row, dtype: torch.dtype, threads: int) -> None:
             twins.check()
         for p, q in zip(all_params(twins.ours), all_params(alone.ours), strict=True):
             assert_equal(p, q)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_team_among_small_tensors(row: Row, dtype: torch.dtype) -> None:
+    """Workers take whole tensors, and parts of those where one's share ends."""
+    sizes = [(n,) for n in (1000, 0, 1003, 64, 1, 997)] * 500
+    extras = {"max_grad_norm": 0.5, "ema_decay": 0.9, "clear_grads": "zero"}
+    start = parameters(*sizes, dtype=dtype)()
+    optimizers = [row.ours(copy.deepcopy(start), **row.rich, **extras) for _ in range(2)]
+    for _ in range(2):
+        for threads, optimizer in zip((1, 2), optimizers, strict=True):
+            torch.manual_seed(3)
+            for p in all_params(optimizer):
+                p.grad = random_grad(p)
+            torch.set_num_threads(threads)
+            optimizer.step()
+    one, two = optimizers
+    assert_equal(one.grad_norm, two.grad_norm)
+    for p, q in zip(all_params(one), all_params(two), strict=True):
+        assert_equal(p, q)
+        assert_equal(dict(one.state[p]), dict(two.state[q]))
+        assert not q.grad.any()
 
 
 def test_a_team_at_work() -> None:

@@ -43,22 +43,22 @@ void execute_part(const Span& span, const Run& run, const Row& row, const Around
 void execute(const std::vector<Span>& spans, const Run* runs, const Row* rows, const Around& around,
              std::int64_t bytes, bool ordered) {
   const int team = ordered ? 1 : team_for(bytes);
-  if (team == 1) {
-    for (const Span& span : spans) {
-      const Run* first = runs + span.first;
-      if (span.layout != nullptr) {
-        execute_strided(kernel_of(span), span, *first, rows[span.row], around, 0, first->count);
-      } else {
-        kernel_of(span)(rows[span.row], around, first, span.end - span.first);
-      }
+  const auto whole = [&](const Span& span, const Run* first, std::int64_t count) {
+    const Row& row = rows[span.row];
+    if (span.layout != nullptr) {  // which is of one run
+      return execute_strided(kernel_of(span), span, *first, row, around, 0, first->count);
     }
+    kernel_of(span)(row, around, first, count);
+  };
+  if (team == 1) {
+    for (const Span& span : spans) whole(span, runs + span.first, span.end - span.first);
     return;
   }
   in_team(team, [&](int share) {
     // A cut falls on a multiple of 64 elements, so that two workers do not write one cache line.
     visit_share(
         spans, runs, bytes * share / team, bytes * (share + 1) / team, 64,
-        [](const Span& span) { return span.item_bytes(); },
+        [](const Span& span) { return span.item_bytes(); }, whole,
         [&](const Span& span, const Run& run, std::int64_t first, std::int64_t last) {
           execute_part(span, run, rows[span.row], around, first, last);
         });

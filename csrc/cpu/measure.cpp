@@ -33,6 +33,15 @@ void measure_run(Measured& measured, Order order, Measure measure, const Span& s
   }
 }
 
+void measure_runs(Measured& measured, Order order, const Measure* measures, const Span& span,
+                  const Run* run, std::int64_t runs) {
+  const Measure kernel = measures[span.storage()];
+  for (const Run* end = run + runs; run != end; ++run) {
+    if (static_cast<std::size_t>(end - run) > kAhead) prefetch(run[kAhead].stream[kGrad]);
+    measure_run(measured, order, kernel, span, *run, 0, run->count);
+  }
+}
+
 }  // namespace
 
 Measured measure(const std::vector<Span>& spans, const Run* runs, Order order) {
@@ -48,12 +57,7 @@ Measured measure(const std::vector<Span>& spans, const Run* runs, Order order) {
   if (team == 1) {
     for (const Span& span : spans) {
       if (!span.is_step()) continue;
-      const Measure kernel = measures[span.storage()];
-      for (std::int64_t r = span.first; r < span.end; ++r) {
-        const std::int64_t ahead = r + static_cast<std::int64_t>(kAhead);
-        if (ahead < span.end) prefetch(runs[ahead].stream[kGrad]);
-        measure_run(all, order, kernel, span, runs[r], 0, runs[r].count);
-      }
+      measure_runs(all, order, measures, span, runs + span.first, span.end - span.first);
     }
     return all;
   }
@@ -63,6 +67,9 @@ Measured measure(const std::vector<Span>& spans, const Run* runs, Order order) {
     visit_share(
         spans, runs, bytes * share / team, bytes * (share + 1) / team, kPiece,
         [](const Span& span) { return span.is_step() ? span.item_size : 0; },
+        [&](const Span& span, const Run* first, std::int64_t count) {
+          measure_runs(measured, order, measures, span, first, count);
+        },
         [&](const Span& span, const Run& run, std::int64_t first, std::int64_t last) {
           measure_run(measured, order, measures[span.storage()], span, run, first, last);
         });

@@ -10,11 +10,12 @@
 namespace fastsgd {
 
 // The share of one worker. Of all bytes, in the order of the runs and by item_bytes(span), it is
-// those in [begin, end), cut at multiples of `grain` elements: visit(span, run, first, last) is
-// called with elements of each run.
-template <class ItemBytes, class Visit>
+// those in [begin, end), cut at multiples of `grain` elements: whole(span, first, runs) is called
+// with runs that are all in it, part(span, run, first, last) with elements of one that is not.
+template <class ItemBytes, class Whole, class Part>
 void visit_share(const std::vector<Span>& spans, const Run* runs, std::int64_t begin,
-                 std::int64_t end, std::int64_t grain, ItemBytes item_bytes, Visit visit) {
+                 std::int64_t end, std::int64_t grain, ItemBytes item_bytes, Whole whole,
+                 Part part) {
   std::int64_t passed = 0;
   for (const Span& span : spans) {
     const std::int64_t item = item_bytes(span);
@@ -23,12 +24,19 @@ void visit_share(const std::vector<Span>& spans, const Run* runs, std::int64_t b
       const std::int64_t elements = bytes / item;
       return std::clamp<std::int64_t>((elements + grain - 1) / grain * grain, 0, run.count);
     };
-    for (std::int64_t r = span.first; r < span.end && passed < end; ++r) {
-      const Run& run = runs[r];
-      const std::int64_t bytes = run.count * item;
-      const std::int64_t first = cut(run, begin - passed);
-      const std::int64_t last = passed + bytes <= end ? run.count : cut(run, end - passed);
-      if (first < last) visit(span, run, first, last);
+    for (std::int64_t r = span.first; r < span.end && passed < end;) {
+      const std::int64_t first = r;
+      for (; passed >= begin && r < span.end && passed + runs[r].count * item <= end; ++r) {
+        passed += runs[r].count * item;
+      }
+      if (first < r) {
+        whole(span, runs + first, r - first);
+        continue;
+      }
+      const Run& run = runs[r++];
+      const std::int64_t from = cut(run, begin - passed), bytes = run.count * item;
+      const std::int64_t to = passed + bytes <= end ? run.count : cut(run, end - passed);
+      if (from < to) part(span, run, from, to);
       passed += bytes;
     }
   }
