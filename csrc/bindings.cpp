@@ -110,7 +110,8 @@ PyObject* step_or_route(PyObject*, PyObject* optimizer) {
     const WalkersOf walkers(optimizer);
     Walker& walker = walkers.idle();
     if (walker.step(optimizer)) Py_RETURN_NONE;
-    return py::cast(walker.routes()).release().ptr();
+    const Routes routes = walker.routes();  // making lists may run Python code, which may step
+    return py::cast(routes).release().ptr();
   });
 }
 
@@ -168,6 +169,7 @@ PYBIND11_MODULE(_C, module) {
   fastsgd::learn_dicts();
   fastsgd::learn_modes();
   fastsgd::Walker::learn_hooks();
+  fastsgd::holder_type();
   if (PyModule_AddFunctions(module.ptr(), fastsgd::methods) != 0) throw py::error_already_set();
   module.def(
       "instruction_set", [] { return std::string(fastsgd::kernels().instruction_set); },

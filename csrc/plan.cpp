@@ -145,6 +145,7 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
   if (!flat || is_wide || update.kernel + type != span_kernel_ || update.row != span_row_) {
     begin_span(update.kernel + type, update.row, flat ? nullptr : &layout, traits);
   }
+  if (is_wide) bytes_ += count * (static_cast<std::int64_t>(sizeof(float)) - item_size);
   count_in(count * item_size, traits, owners);
   return true;
 }
@@ -316,9 +317,11 @@ bool Plan::is_long() const {
          bytes_ >= kWorthHolding * static_cast<std::int64_t>(holders_used_);
 }
 
-void Plan::retain_memory() {
+void Plan::retain_for_kernels() {
   if (!is_long() || !storages_.empty()) return;
   for (std::size_t i = 0; i < holders_used_; ++i) retain(holders_[i].storage);
+  for (std::size_t i = 0; i < owners_used_; ++i) retain(owners_[i]);
+  for (const Counters::Counter& counter : counters_.kept()) retain(counter.tensor);
 }
 
 void Plan::release() {
@@ -359,13 +362,17 @@ bool Plan::any_double() {
 void Plan::run(const Around& around, bool needs_order) {
   end_spans();
   const bool in_order = needs_order && ordered();
-  retain_memory();
-  bump_versions();
+  retain_for_kernels();
+  const bool is_long = this->is_long();
+  // While the GIL is given up, another thread may keep a tensor for its backward: it is to find
+  // that it was written since.
+  if (!is_long) bump_versions();
   counters_.advance();
   {
-    const WithoutGil guard(is_long());
+    const WithoutGil guard(is_long);
     execute(spans_, runs_.data(), rows_.data(), around, bytes_, in_order);
   }
+  if (is_long) bump_versions();
   release();
 }
 

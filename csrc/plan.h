@@ -83,9 +83,9 @@ class Plan {
   // code may run meanwhile.
   void retain();
 
-  // The same of the memory alone, which is all that kernels know, and only where the GIL will be
-  // given up. Nothing that may fail is left to run() then.
-  void retain_memory();
+  // The same of what run() will use, and only where it will give up the GIL. Nothing that may fail
+  // is left to run() then.
+  void retain_for_kernels();
 
   // Lets go of what these keep.
   void release();
@@ -105,8 +105,8 @@ class Plan {
   bool steps();
   bool any_double();
 
-  // Writes: version counters first, then the kernels, without the GIL where the work is long. Work
-  // that gives one result in any order need not ask for it.
+  // Writes: versions and the kernels' work, without the GIL where that is long. Work that gives one
+  // result in any order need not ask for it.
   void run(const Around& around, bool needs_order);
 
  private:

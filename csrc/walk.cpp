@@ -88,7 +88,7 @@ bool Walker::plan_all(PyObject* groups, PyObject* state) {
     in_graphs_.clear();
     has_shards_ = false;
     walks_again_ = false;
-    looks_before_clearing_ = clears_in_pass_;
+    looks_before_clearing_ = extras_->clear == Extras::Clear::kToZero;
     average_row_ = -1;
     strangers_.begin_walk();
     options_.begin();
@@ -196,7 +196,7 @@ void Walker::take_step(PyObject* attributes, Averaged& averaged) {
   for (cuda::DeviceWork* work : works_) {
     work->prepare(scaling_, around, measuring_, counted_there);
   }
-  plan_.retain_memory();
+  plan_.retain_for_kernels();
   const auto last = [&] {
     if (extras_->averages) end_average(attributes, averaged, counts_there);
   };

@@ -106,7 +106,7 @@ class Walker {
     return !walks_again_ && Fields::autograd(grad) == nullptr &&
            plain().type_of(memory) != kStorages;
   }
-  [[gnu::noinline]] bool look_before_clearing(const at::Tensor& grad,
+  [[gnu::noinline]] bool look_before_clearing(Place place, const at::Tensor& grad,
                                               const c10::TensorImpl& memory);
   [[gnu::noinline]] bool plan_average(Place place, PyObject* param);
 

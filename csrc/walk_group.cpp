@@ -1,4 +1,6 @@
 // The part of the walk that plans the parameters of one group.
+#include <c10/core/InferenceMode.h>
+
 #include <algorithm>
 #include <type_traits>
 #include <utility>
@@ -107,7 +109,7 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
     subject.tensor[kGrad] = grad_tensor;
   }
   if (looks_before_clearing_ && !zeros_clear(*grad_tensor, *subject.tensor[kGrad]) &&
-      !look_before_clearing(*grad, *subject.tensor[kGrad])) [[unlikely]] {
+      !look_before_clearing(place(), *grad, *subject.tensor[kGrad])) [[unlikely]] {
     return true;
   }
   if constexpr (kStates + kCounts > 0) {
@@ -157,8 +159,17 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
 // What there is to clearing a gradient but zeros in the pass: one in a graph is detached from it
 // afterwards, and one whose elements share memory is zeroed afterwards, as it is still read when
 // the first of them have been stepped. False, from the first such on, where this walk comes to
-// nothing.
-bool Walker::look_before_clearing(const at::Tensor& grad, const c10::TensorImpl& memory) {
+// nothing. Throws where clearing would, after the step.
+bool Walker::look_before_clearing(Place place, const at::Tensor& grad,
+                                  const c10::TensorImpl& memory) {
+  TORCH_CHECK(!grad.is_inference() || c10::InferenceMode::is_enabled(), at_place(place),
+              ": its grad is an inference tensor. Inplace update to inference tensor outside "
+              "InferenceMode is not allowed: set clear_grads to True instead.");
+  TORCH_CHECK(!grad.requires_grad() || grad.grad_fn() == nullptr || !grad.is_view(),
+              at_place(place),
+              ": its grad is a view in a graph. Can't detach views in-place, so it cannot be "
+              "zeroed: set clear_grads to True instead.");
+  if (!clears_in_pass_) return !walks_again_;
   if (grad.requires_grad()) in_graphs_.push_back(grad);
   if (!memory.has_storage()) return !walks_again_;  // sparse: its elements are of its own
   const at::IntArrayRef strides = memory.strides();
@@ -263,7 +274,8 @@ template <int kStates, bool kCounts>
       i = last;
       continue;
     } else {
-      planned = !strangers_.has_grad(param);
+      planned = !strangers_.has_grad(param) &&
+                !(extras_->averages && states_.average_of(param) != nullptr);
     }
     if (!planned) [[unlikely]]
       leave_to_stock({group.number, i}, param);

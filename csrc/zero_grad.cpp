@@ -80,7 +80,7 @@ bool Walker::reset(PyObject* groups, bool set_to_none, std::vector<Ref>& others)
   if (set_to_none) return true;
   const std::vector<cuda::DeviceWork*> works = zero_devices_.needed();
   for (cuda::DeviceWork* work : works) work->prepare();
-  zero_plan_.retain_memory();
+  zero_plan_.retain_for_kernels();
   for (cuda::DeviceWork* work : works) work->launch();
   zero_plan_.run({}, false);
   return true;

@@ -264,3 +264,27 @@ def test_expanded_grads_anywhere(row: Row) -> None:
         for p, q in zip(*map(all_params, sides), strict=True):
             torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-6, atol=1e-7)
             assert not p.grad.any()
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_grads_that_cannot_be_zeroed(row: Row, expanded: bool) -> None:
+    """A view in a graph, a tensor of inference mode: refused before anything is written."""
+    graph = torch.ones(2, 33, requires_grad=True) * 2
+    with torch.inference_mode():
+        inference = torch.ones(33)
+    for grad, what in ((graph[0], "is a view in a graph"), (inference, "is an inference tensor")):
+        params = parameters(*[(33,)] * 3)()
+        optimizer = row.ours(params, **row.rich, clear_grads="zero")
+        for p in params:
+            p.grad = random_grad(p)
+        optimizer.step()
+        for p in params:
+            p.grad = random_grad(p)[:1].expand(33) if expanded else random_grad(p)
+        params[1].grad = grad
+        snapshot = Snapshot(optimizer)
+        with pytest.raises(RuntimeError, match=rf"\['params'\]\[1\]: its grad {what}"):
+            optimizer.step()
+        snapshot.assert_unchanged()
+        optimizer.clear_grads = True
+        optimizer.step()
+        assert all(p.grad is None for p in params)

@@ -505,6 +505,37 @@ def test_keys_that_run_code_when_they_go() -> None:
     )
 
 
+def test_a_version_is_not_counted_before_the_write(row: Row) -> None:
+    """While a long step writes without the GIL, autograd in another thread must not trust it."""
+    torch.set_num_threads(1)
+    p = parameters((8_000_000,))()[0]
+    p.grad = random_grad(p)
+    optimizer = row.ours([p], **row.rich)
+    optimizer.step()
+    seen, ready, done = [], threading.Event(), threading.Event()
+
+    def watch() -> None:
+        last, values = p.detach()[-1], p.detach()
+        before = last.clone()
+        ready.set()
+        while not done.is_set():
+            version = values._version
+            seen.append((version, bool(last == before)))
+
+    for _ in range(3):
+        ready.clear()
+        done.clear()
+        version = p._version
+        thread = threading.Thread(target=watch)
+        thread.start()
+        ready.wait(60)
+        optimizer.step()
+        done.set()
+        thread.join(60)
+        assert not [v for v, unwritten in seen if v > version and unwritten]
+        seen.clear()
+
+
 def test_two_threads_step_two_optimizers(row: Row) -> None:
     """At the same time, small and large, with hooks and without."""
     twins = [

@@ -57,8 +57,8 @@ void execute(const std::vector<Span>& spans, const Run* runs, const Row* rows, c
   in_team(team, [&](int share) {
     // A cut falls on a multiple of 64 elements, so that two workers do not write one cache line.
     visit_share(
-        spans, runs, bytes * share / team, bytes * (share + 1) / team, 64,
-        [](const Span& span) { return span.item_bytes(); }, whole,
+        spans, runs, {share, team, bytes}, 64, [](const Span& span) { return span.item_bytes(); },
+        whole,
         [&](const Span& span, const Run& run, std::int64_t first, std::int64_t last) {
           execute_part(span, run, rows[span.row], around, first, last);
         });

@@ -65,7 +65,7 @@ Measured measure(const std::vector<Span>& spans, const Run* runs, Order order) {
   in_team(team, [&](int share) {
     Measured measured{};  // of this thread alone, and so of its cache
     visit_share(
-        spans, runs, bytes * share / team, bytes * (share + 1) / team, kPiece,
+        spans, runs, {share, team, bytes}, kPiece,
         [](const Span& span) { return span.is_step() ? span.item_size : 0; },
         [&](const Span& span, const Run* first, std::int64_t count) {
           measure_runs(measured, order, measures, span, first, count);
