@@ -29,11 +29,18 @@ class WithAverages(WithExtras):
     def state_dict(self) -> dict[str, Any]:
         """Return torch's; the number of averages so far is the groups' key ``ema_steps``."""
         refuse_inside_ema_weights(self, "state_dict()")
-        state_dict = super().state_dict()
-        if steps := int(self.__dict__.get("_ema_steps", 0)):  # a device may have counted them
-            for group in state_dict["param_groups"]:
-                group["ema_steps"] = steps
-        return state_dict
+
+        def add_steps(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            if steps := int(self.__dict__.get("_ema_steps", 0)):  # a device may have counted them
+                for group in state_dict["param_groups"]:
+                    group["ema_steps"] = steps
+
+        # The first of the hooks: the others see it, and may make something else of it all.
+        hook = self.register_state_dict_post_hook(add_steps, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     @of_the_optimizer_within
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -53,16 +60,28 @@ class WithAverages(WithExtras):
         loaded: dict[str, Any] = {}
         # The last of the hooks, and so it sees what is loaded in the end.
         hook = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
+        # And the first of these, which so find averages as they are after any step.
+        post_hook = self.register_load_state_dict_post_hook(
+            lambda _: self._take_averages(loaded), prepend=True
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+            post_hook.remove()
+
+    def _take_averages(self, loaded: dict[str, Any]) -> None:
+        """Count the averages that torch has loaded with a state dict, and have them in float32."""
         steps = [
             _checked_steps(group.pop("ema_steps"))
             for group in self.param_groups
             if "ema_steps" in group
         ]
-        averages = any("ema" in own for own in self.state.values() if isinstance(own, dict))
+        states = [own for own in self.state.values() if isinstance(own, dict)]
+        for own in states:
+            if isinstance(own.get("ema"), dict) and not own["ema"]:  # of none in a flat checkpoint
+                del own["ema"]
+        averages = any("ema" in own for own in states)
         if steps or averages or "_ema_steps" in self.__dict__:
             self.__dict__["_ema_steps"] = max([*steps, 1 if averages else 0])
         if averages and self.ema_dtype is not None:
@@ -106,7 +125,11 @@ class WithAverages(WithExtras):
                 "ema_weights() before the first step: there are no averages yet. Take a step, or "
                 "load a checkpoint that has them."
             )
-        params = [param for param in self.state if "ema" in self.state[param]]
+        params = [
+            param
+            for param, own in self.state.items()
+            if isinstance(param, Tensor) and isinstance(own, dict) and "ema" in own
+        ]
         exchange = _Exchange(params, [self.state[param]["ema"] for param in params])
         extras = self.__dict__["_extras"]
 
@@ -131,7 +154,8 @@ class WithAverages(WithExtras):
         state = super().__getstate__()
         for key in ("_extras", "_ema_steps"):
             if key in self.__dict__:
-                state[key] = self.__dict__[key]
+                value = self.__dict__[key]
+                state[key] = dict(value) if key == "_extras" else value  # a copy has its own
         return state
 
 
@@ -202,18 +226,21 @@ class _Exchange:
     @torch.no_grad()
     def undo(self) -> None:
         """Exchange back what has been exchanged and not yet back."""
+        # What was exchanged last comes first, as parameters may share memory.
+        while self.held:
+            i, held = next(reversed(self.held.items()))
+            for tensor, value in zip(self.pairs[i], held, strict=True):
+                if value is not None:
+                    _local(tensor).copy_(value)
+            del self.held[i]
         if len(self.left) == 1:
-            exchanged = [pair for i, pair in enumerate(self.pairs) if i not in self.left[0]]
+            exchanged = [pair for i, pair in enumerate(self.pairs) if i not in self.left[0]][::-1]
             self._in_kernels(exchanged)
             for i in self.left[1]:  # by torch's operators, as a mode is on that was not
                 param, average = map(_local, exchanged[i])
                 was = param.clone()
                 param.copy_(average)
                 average.copy_(was)
-        for i, held in self.held.items():
-            for tensor, value in zip(self.pairs[i], held, strict=True):
-                if value is not None:
-                    _local(tensor).copy_(value)
 
     def _in_kernels(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         params, averages = ([_local(pair[side]) for pair in pairs] for side in (0, 1))
@@ -250,7 +277,7 @@ class Average:
     @torch.no_grad()
     def end(self, params: list[Tensor]) -> None:
         """After the step."""
-        for param in params:
+        for param in dict.fromkeys(params):  # one that is named twice has one average
             state = self.optimizer.state.get(param, {})
             if param in self.before:
                 state = self.optimizer.state[param]

@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -21,11 +22,12 @@ T = TypeVar("T")
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    if not 0 <= value:
+    number = float(value)
+    if not 0 <= number:
         raise ValueError(f"Invalid {name}: {value}. It must be a number, and at least 0.")
-    return float(value)
+    return number
 
 
 def _optional_number(name: str, value: Any) -> float | None:
@@ -49,9 +51,10 @@ def _norm_type(name: str, value: Any) -> float:
 
 def checked_decay(value: Any) -> float:
     """Return the decay of an average as a float, in torch's words if it is none."""
-    if not isinstance(value, bool) and isinstance(value, (int, float)):
-        if 0 <= value <= 1:
-            return float(value)
+    if not isinstance(value, bool) and isinstance(value, Real):
+        number = float(value)
+        if 0 <= number <= 1:
+            return number
         raise ValueError(
             f"Invalid decay value {value} provided. Please provide a value in [0,1] range."
         )
@@ -122,6 +125,9 @@ class Extra:
         """Set it, if it is valid together with the others."""
         value = self.check(self.name, value)
         optimizer = unwrapped(optimizer)
+        if "param_groups" not in optimizer.__dict__:  # __init__ will check it with the others
+            optimizer.__dict__.setdefault("_extras", {})[self.name] = value
+            return
         extras: Values = optimizer.__dict__.get("_extras", {})
         changed = {**extras, self.name: value}
         if changed.get("skip_nonfinite") and changed.get("error_if_nonfinite"):
@@ -199,7 +205,8 @@ DOC = """
             :class:`torch.amp.GradScaler` skips by not calling ``step()``: without ``fused=True``.
 
     Attributes:
-        grad_norm: The total norm at the last step, before clipping, of unscaled gradients.
+        grad_norm: The total norm at the last step that measured one, before clipping, of unscaled
+            gradients. (One that a GradScaler has the step skip measures none.)
         skipped_steps: How many steps ``skip_nonfinite`` has skipped.
 
     ``with optimizer.ema_weights():`` has the parameters hold their averages for a while.
@@ -239,14 +246,16 @@ class WithExtras(Optimizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Make torch's optimizer, and set what is not its."""
+        early: Values = self.__dict__.pop("_extras", {})  # set by a subclass before this
         extras = {name: kwargs.pop(name) for name in EXTRAS if name in kwargs}
         super().__init__(*args, **kwargs)
-        for name, value in extras.items():
+        for name, value in {**early, **extras}.items():
             setattr(self, name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does; one that has an option which no group can have is refused."""
-        refuse_inside_ema_weights(self, "add_param_group()")
+        within = unwrapped(self)
+        refuse_inside_ema_weights(within, "add_param_group()")
         for name in EXTRAS:
             if isinstance(param_group, dict) and name in param_group:
                 raise ValueError(
@@ -256,7 +265,7 @@ class WithExtras(Optimizer):
                 )
         super().add_param_group(param_group)
         try:
-            refuse_parts(self.__dict__.get("_extras", {}), self.param_groups[-1]["params"])
+            refuse_parts(within.__dict__.get("_extras", {}), self.param_groups[-1]["params"])
         except ValueError:
             del self.param_groups[-1]
             raise

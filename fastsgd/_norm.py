@@ -49,7 +49,8 @@ def _shard_of(tensor: Any) -> tuple[tuple[Any, tuple[int, ...]], Tensor]:
         tensor = tensor.redistribute(
             placements=[whole if each.is_partial() else each for each in tensor.placements]
         )
-    dims = tuple(i for i, placement in enumerate(tensor.placements) if placement.is_shard())
+    # Not by is_shard(), which FSDP2's shards of shards, those of tensor parallelism, deny.
+    dims = tuple(i for i, each in enumerate(tensor.placements) if not each.is_replicate())
     return (tensor.device_mesh, dims), tensor.to_local()
 
 
@@ -89,14 +90,21 @@ def _norm(tensor: Tensor, norm_type: float) -> Tensor:
 
 def _norm_over_mesh(norm: Tensor, norm_type: float, mesh: Any, dims: tuple[int, ...]) -> Tensor:
     """Join the norms of the shards that the processes along some dimensions of a mesh hold."""
-    over_all = norm if math.isinf(norm_type) else norm.square()
-    over_all = over_all.to(mesh.device_type)
-    join = (
-        torch.distributed.ReduceOp.MAX if math.isinf(norm_type) else torch.distributed.ReduceOp.SUM
-    )
+    norm = norm.to(mesh.device_type)
+    if math.isinf(norm_type):
+        # The greatest of several may leave out a NaN, so that is told apart.
+        found = torch.stack([norm.nan_to_num(0.0, torch.inf), norm.isnan().to(norm.dtype)])
+        _reduce(found, torch.distributed.ReduceOp.MAX, mesh, dims)
+        greatest, any_nan = found.unbind()
+        return greatest.masked_fill(any_nan > 0, torch.nan)
+    squares = norm.square()
+    _reduce(squares, torch.distributed.ReduceOp.SUM, mesh, dims)
+    return squares.sqrt()
+
+
+def _reduce(values: Tensor, how: Any, mesh: Any, dims: tuple[int, ...]) -> None:
     for dim in dims:
-        torch.distributed.all_reduce(over_all, join, group=mesh.get_group(dim))
-    return over_all if math.isinf(norm_type) else over_all.sqrt()
+        torch.distributed.all_reduce(values, how, group=mesh.get_group(dim))
 
 
 def norm_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
@@ -169,7 +177,7 @@ def clip_grad_norm_(
         if not params and isinstance(parameters, types.GeneratorType):
             warnings.warn(
                 "`parameters` is an empty generator, no gradient clipping will occur.",
-                stacklevel=3,
+                stacklevel=2,
             )
     infinity = math.isinf(norm_type)
     value, count, any_double, left = _C.norm_of(params, True, infinity)

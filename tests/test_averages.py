@@ -85,17 +85,20 @@ def test_halves_in_single_precision(row: Row, decay: Any, dtype: torch.dtype) ->
         assert optimizer.state[p]["ema"].dtype == wide
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("threads", "wide"), [(1, None), (2, None), (2, torch.float32)], ids=["1", "2", "2-wide"]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_and_strided(row: Row, dtype: torch.dtype, threads: int) -> None:
+def test_large_and_strided(row: Row, dtype: torch.dtype, threads: int, wide: Any) -> None:
     """Chunks, threads, and parameters that are views: gaps between their elements stay."""
     torch.set_num_threads(threads)
     memory = torch.full((301, 65), 7.0, dtype=dtype)
     views = [memory[:, 1:34], torch.randn(33, 129).to(dtype).t()]
     views[0].copy_(torch.randn(301, 33))
     params = [*map(Parameter, views), *parameters(*[(n,) for n in LARGER], dtype=dtype)()]
-    optimizer = row.ours(params, **row.rich, ema_decay=0.9)
-    run(optimizer, Averages(optimizer, 0.9), 3)
+    params += parameters((1_000_003,), dtype=dtype)()
+    optimizer = row.ours(params, **row.rich, ema_decay=0.9, ema_dtype=wide)
+    run(optimizer, Averages(optimizer, 0.9, wide), 3)
     marks = torch.ones_like(memory, dtype=torch.bool)
     marks[:, 1:34] = False
     with optimizer.ema_weights():
@@ -120,6 +123,41 @@ def test_grads_that_come_late_and_go(row: Row, dtype: torch.dtype, decay: Any) -
         optimizer.step()
         averages.check()
     assert all(averages.seen)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_a_subclass_that_loses_its_grad(row: Row) -> None:
+    """It goes on being averaged, as a plain tensor does."""
+    plain = parameters((33,), (5, 7))()
+    foreign = [p.detach().clone().as_subclass(Subclass).requires_grad_() for p in plain]
+    pair = [row.ours(each, **row.rich, ema_decay=0.5) for each in (plain, foreign)]
+    for step in range(5):
+        for i in range(2):
+            grad = random_grad(plain[i]) if step < 3 - i else None
+            for each in (plain, foreign):
+                each[i].grad = None if grad is None else grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+        for p, q in zip(plain, foreign, strict=True):
+            ours, theirs = (o.state[x]["ema"] for o, x in zip(pair, (p, q), strict=True))
+            torch.testing.assert_close(ours, theirs.as_subclass(torch.Tensor), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_named_twice(row: Row) -> None:
+    """It is stepped twice in a step, and averaged once."""
+    p = parameters((33,))()[0]
+    optimizer = row.ours([p, p], **row.rich, ema_decay=0.5)
+    expected = None
+    for _ in range(4):
+        p.grad = random_grad(p)
+        optimizer.step()
+        now = p.detach().clone()
+        expected = now if expected is None else expected.lerp(now, 0.5)
+        assert_equal(optimizer.state[p]["ema"], expected)
 
 
 def test_skipped_steps_are_no_averaging_steps(row: Row) -> None:
@@ -248,6 +286,43 @@ def test_loads_what_stock_saved(row: Row) -> None:
         twins.step()
         averages.check()
         assert_equal(*(copies(all_params(each)) for each in twins.sides))
+
+
+def test_a_flat_checkpoint_that_has_none(row: Row) -> None:
+    """Where there is no average torch's flattened form has an empty dict: it is none."""
+    params = parameters((33,), (5,))()
+    optimizer = row.ours(params, **row.rich, ema_decay=0.5)
+    saved = row.ours(copy.deepcopy(params), **row.rich)
+    run(saved, None, 2)
+    state_dict = saved.state_dict()
+    for own in state_dict["state"].values():
+        own["ema"] = {}
+    optimizer.load_state_dict(state_dict)
+    assert not any("ema" in own for own in optimizer.state.values())
+    run(optimizer, Averages(optimizer, 0.5), 2)
+
+
+def test_hooks_of_checkpoints(row: Row) -> None:
+    """They see the number of averages in the groups, may wrap it all up, and unwrap it again."""
+    optimizer = row.ours(BUILD(), **row.rich, ema_decay=0.9)
+    run(optimizer, None, 3)
+    plain = optimizer.state_dict()
+    seen = []
+
+    def wrap(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        seen.append(state_dict["param_groups"][0]["ema_steps"])
+        return {"wrapped": state_dict}
+
+    optimizer.register_state_dict_post_hook(wrap)
+    wrapped = optimizer.state_dict()
+    assert seen == [3] and list(wrapped) == ["wrapped"]
+    other = row.ours(copy.deepcopy(all_params(optimizer)), **row.rich, ema_decay=0.9)
+    other.register_load_state_dict_pre_hook(lambda _, state_dict: state_dict["wrapped"])
+    groups = []
+    other.register_load_state_dict_post_hook(lambda o: groups.append(dict(o.param_groups[0])))
+    other.load_state_dict(wrapped)
+    assert "ema_steps" not in groups[0]
+    assert_equal(other.state_dict(), plain)
 
 
 def test_group_added_later(row: Row) -> None:

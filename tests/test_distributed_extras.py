@@ -119,6 +119,53 @@ def clip_placements() -> None:
             torch.testing.assert_close(full(p.grad), whole / 2)
 
 
+def shards_of_shards() -> None:
+    """Worker: as FSDP2 over tensor parallelism has them."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(4)
+    whole = torch.randn(8, 5)
+    placements = [_StridedShard(0, split_factor=2)]
+    here = whole.view(2, 2, 2, 5)[:, dist.get_rank()].reshape(4, 5)
+    p = Parameter(DTensor.from_local(torch.zeros(4, 5), mesh, placements))
+    p.grad = DTensor.from_local(here.clone(), mesh, placements)
+    for norm_type in (2.0, math.inf):
+        norm = torch.linalg.vector_norm(whole.double().flatten(), norm_type).item()
+        told = fastsgd.clip_grad_norm_([p], 1e9, norm_type)
+        assert abs(told.item() - norm) <= 3e-7 * norm
+        optimizer = fastsgd.SGD([p], lr=0.0, max_grad_norm=1.0, norm_type=norm_type)
+        optimizer.step()
+        assert_equal(optimizer.grad_norm, told)
+
+
+def test_shards_of_shards(tmp_path: Path) -> None:
+    """Each process has the norm of the whole."""
+    workers.run(shards_of_shards, tmp_path)
+
+
+def find_nan(order: str) -> None:
+    """Worker: a NaN in the shard of one process."""
+    mesh = init_device_mesh("cpu", (2,))
+    for rank in range(2):
+        p = Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+        grad = torch.ones(4)
+        grad[2 * rank] = math.nan
+        p.grad = distribute_tensor(grad, mesh, [Shard(0)])
+        optimizer = fastsgd.SGD([p], lr=1.0, skip_nonfinite=True, norm_type=float(order))
+        optimizer.step()
+        assert optimizer.skipped_steps == 1 and optimizer.grad_norm.isnan()
+        assert not local(p).any()
+        with pytest.raises(RuntimeError, match="non-finite"):
+            fastsgd.clip_grad_norm_([p], 1.0, float(order), error_if_nonfinite=True)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_nan_in_one_process(tmp_path: Path, norm_type: float) -> None:
+    """All skip the step, whichever has it."""
+    workers.run(find_nan, tmp_path, str(norm_type))
+
+
 def test_placements(tmp_path: Path) -> None:
     """``clip_grad_norm_`` counts each element of a distributed gradient once."""
     workers.run(clip_placements, tmp_path)

@@ -116,3 +116,34 @@ def test_laid_out_otherwise(row: Row, dtype: torch.dtype) -> None:
         assert_equal(optimizer.state[p]["ema"], was)
     assert_equal(p.detach(), was)
     assert_equal(optimizer.state[p]["ema"], average)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parameters_that_share_memory(row: Row, dtype: torch.dtype) -> None:
+    """Tied whole or in part: what is exchanged last is exchanged back first."""
+    memory = torch.randn(24).to(dtype)
+    views = [memory, memory.view(24), memory[4:20], memory.view(4, 6)[:, 1:4]]
+    apart = parameters((7,), dtype=torch.float64)()
+    params = [*map(Parameter, views), *apart]
+    optimizer = row.ours(params, **row.rich, ema_decay=0.5, ema_dtype=torch.float32)
+    for _ in range(3):
+        for p in params:
+            p.grad = random_grad(p)
+        optimizer.step()
+    before = all_of(optimizer)
+    for _ in range(2):
+        with optimizer.ema_weights():
+            pass
+        assert_equal(all_of(optimizer), before)
+
+
+def test_entries_of_others_in_the_state(row: Row) -> None:
+    """What is no parameter's states is passed over."""
+    optimizer = row.ours(parameters((5,))(), **row.rich, ema_decay=0.5)
+    run(optimizer, None, 2)
+    optimizer.state["global_step"] = 3
+    (p,) = all_params(optimizer)
+    average = optimizer.state[p]["ema"].clone()
+    with optimizer.ema_weights():
+        assert_equal(p.detach(), average)
+    assert optimizer.state["global_step"] == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from contextlib import nullcontext
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -239,3 +240,35 @@ def test_a_step_within_a_step(row: Row, there: bool) -> None:
     known = [None, *norms[:2]] if there else norms
     assert [count for count, _ in seen] == [0, 0, 1]
     assert [norm for _, norm in seen] == pytest.approx(known)
+
+
+def test_set_before_the_optimizer_is_made(row: Row) -> None:
+    """By a subclass, as it may set any attribute; the constructor's argument comes after it."""
+
+    class Mine(row.ours):
+        def __init__(self, params: Any, norm: Any, **options: Any) -> None:
+            self.max_grad_norm = norm
+            super().__init__(params, **options)
+
+    assert Mine(parameters((3,))(), 0.5, **row.rich).max_grad_norm == 0.5
+    assert Mine(parameters((3,))(), 0.5, **row.rich, max_grad_norm=2).max_grad_norm == 2.0
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        Mine(parameters((3,))(), -1, **row.rich)
+    with pytest.raises(ValueError, match="differentiable"):
+        Mine(parameters((3,))(), 0.5, **{**row.plain, "differentiable": True})
+
+
+def test_numbers_of_other_kinds(row: Row) -> None:
+    """Whatever says that it is a real number, as numpy's do."""
+    optimizer = row.ours(parameters((3,))(), **row.rich, max_grad_norm=Fraction(1, 2))
+    optimizer.ema_decay = Fraction(3, 4)
+    assert (optimizer.max_grad_norm, optimizer.ema_decay) == (0.5, 0.75)
+    assert type(optimizer.max_grad_norm) is type(optimizer.ema_decay) is float
+
+
+def test_a_shallow_copy_has_its_own(row: Row) -> None:
+    """Setting an option of a copy leaves the other's alone."""
+    optimizer = row.ours(parameters((3,))(), **row.rich, max_grad_norm=0.5)
+    other = copy.copy(optimizer)
+    other.max_grad_norm = 2.0
+    assert (optimizer.max_grad_norm, other.max_grad_norm) == (0.5, 2.0)
