@@ -90,7 +90,8 @@ def structures(device: torch.device) -> None:
             # More groups than small arguments hold, and a rate that only the device knows.
             params = parameters(dtype, device)
             lr = torch.tensor(0.01, device=device)
-            optimizer = cls([{"params": [p]} for p in params], **{"lr": lr, **options})
+            groups = [{"params": [p], "weight_decay": 0.01 * n} for n, p in enumerate(params, 1)]
+            optimizer = cls(groups, **{"lr": lr, **options})
             optimizer.grad_scale = torch.tensor(1024.0, device=device)
             optimizer.found_inf = torch.tensor(0.0, device=device)
             train(optimizer, params)
@@ -106,13 +107,14 @@ def norms(device: torch.device) -> None:
 
 
 def many(tensors: int, groups: int, device: torch.device) -> None:
-    """So many tensors and groups, more than arguments hold; all in one piece of memory."""
+    """So many tensors, and groups of other options; all in one piece of memory."""
     values, grads = (torch.randn(tensors, 5).to(device) for _ in range(2))
     params = [Parameter(row) for row in values]
     for more in ({}, EXTRAS):
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
-        optimizer = fastsgd.SGD([{"params": params[g::groups]} for g in range(groups)], **more)
+        apart = [{"params": params[g::groups], "lr": 1e-3 * (g + 1)} for g in range(groups)]
+        optimizer = fastsgd.SGD(apart, **more)
         assert _C.step(optimizer), "a part went to torch's own path"
         optimizer.zero_grad(set_to_none=False)
 

@@ -21,6 +21,7 @@ from build_support.compilers import first_error
 KERNELS = "csrc/cuda/kernels.cu"
 
 OLDEST = 70  # __grid_constant__, and arguments of 32,764 bytes
+OLDEST_RELEASE = (12, 1)  # which has such arguments
 
 # As with the C++ compiler: a * b + c is rounded twice, and kernels say fma where torch has one.
 FLAGS = [
@@ -121,14 +122,17 @@ def _fitting_toolkit() -> Toolkit:
     if nvcc is None:
         raise NoToolkit("there was no nvcc", cure)
     text = _ask(nvcc, "--version")
-    found = re.search(r"release (\d+)(\.\d+)", text)
+    found = re.search(r"release (\d+)\.(\d+)", text)
     if found is None:
         raise NoToolkit(f"{nvcc} did not tell its release", cure)
     if found[1] != major:
-        raise NoToolkit(f"nvcc was of CUDA {found[1]}{found[2]} and torch of {release}", cure)
+        raise NoToolkit(f"nvcc was of CUDA {found[1]}.{found[2]} and torch of {release}", cure)
+    if (int(found[1]), int(found[2])) < OLDEST_RELEASE:
+        oldest = ".".join(map(str, OLDEST_RELEASE))
+        raise NoToolkit(f"nvcc was of CUDA {found[1]}.{found[2]}", f"install {oldest} or newer")
     home = home_of(nvcc)
     libraries, runtime = _find_runtime(home, major)
-    return Toolkit(home, found[1] + found[2], libraries, runtime, _architectures(nvcc))
+    return Toolkit(home, f"{found[1]}.{found[2]}", libraries, runtime, _architectures(nvcc))
 
 
 def find_nvcc() -> str | None:

@@ -194,9 +194,11 @@ PYBIND11_MODULE(_C, module) {
       "emulated_work",
       [] {
         const auto& work = fastsgd::cuda::emulated_work();
-        return std::pair(work.launches, work.uploads);
+        return std::tuple(work.launches, work.uploads, work.large, work.tables);
       },
-      "For tests: how often kernels were launched, and tables uploaded, on the host so far.");
+      "For tests: how often kernels were launched on the host so far, and tables uploaded; and of "
+      "the launches, those of steps alone with large arguments, and those with tables of what is "
+      "too much for these.");
   module.def("has_kernels_for", &fastsgd::cuda::has_kernels_for,
              "Whether this build has kernels that run on a device.");
   module.def("grad_norm", &fastsgd::grad_norm,

@@ -106,8 +106,13 @@ void Walker::begin_average(Averaged& averaged, cuda::DeviceWork* there) {
   const auto known = [&] {
     if (!averaged.there.defined()) return averaged.count;
     retain();
+    const at::Tensor& there = averaged.there;
+    const bool is_one = there.scalar_type() == at::kLong && there.numel() == 1;
+    cuda::DeviceWork* work = is_one ? devices_.find(*there.unsafeGetTensorImpl()) : nullptr;
     const WithoutGil guard(true);
-    return averaged.there.item<std::int64_t>();
+    if (work == nullptr) return there.item<std::int64_t>();
+    // On whatever stream it was counted, which the current one need not wait for.
+    return work->device().read(static_cast<const std::int64_t*>(there.const_data_ptr()));
   };
   if (there == nullptr) {
     averaged.count = known();

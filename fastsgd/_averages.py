@@ -31,7 +31,7 @@ class WithAverages(WithExtras):
         refuse_inside_ema_weights(self, "state_dict()")
 
         def add_steps(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            if steps := int(self.__dict__.get("_ema_steps", 0)):  # a device may have counted them
+            if steps := averages_of(self):
                 for group in state_dict["param_groups"]:
                     group["ema_steps"] = steps
 
@@ -157,6 +157,14 @@ class WithAverages(WithExtras):
                 value = self.__dict__[key]
                 state[key] = dict(value) if key == "_extras" else value  # a copy has its own
         return state
+
+
+def averages_of(optimizer: Optimizer) -> int:
+    """Return how many averages there were; a device that counts them is waited for."""
+    steps = optimizer.__dict__.get("_ema_steps", 0)
+    if isinstance(steps, Tensor) and steps.is_cuda:
+        torch.cuda.synchronize(steps.device)  # whatever stream they were counted on
+    return int(steps)
 
 
 def note_averages(optimizer: Optimizer, count: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastsgd import _C
 
@@ -145,7 +146,8 @@ def clip_grad_norm_(
     Args:
         parameters: The tensors whose gradients are clipped, or one.
         max_norm: Greatest norm of all gradients together.
-        norm_type: Order of the norm. Other orders than 2 and inf are left to torch.
+        norm_type: Order of the norm. Other orders than 2 and inf are left to torch, as all are in a
+            function that is being compiled.
         error_if_nonfinite: Raise if the norm is an infinity or a NaN, before anything is written.
         foreach: Accepted as by torch; every value means the same.
 
@@ -167,7 +169,7 @@ def clip_grad_norm_(
     """
     norm_type = float(norm_type)
     max_norm = float(max_norm)
-    if norm_type not in (2.0, math.inf):
+    if norm_type not in (2.0, math.inf) or is_compiling():
         return torch.nn.utils.clip_grad_norm_(
             parameters, max_norm, norm_type, error_if_nonfinite, foreach
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastsgd import _C, _norm
-from fastsgd._averages import Average, WithAverages, note_averages
+from fastsgd._averages import Average, WithAverages, averages_of, note_averages
 from fastsgd._extras import checked_decay
 from fastsgd._stock import (
     Change,
@@ -30,7 +31,7 @@ def step_with_extras(optimizer: WithAverages, step_as_stock: Step, routes: Route
         scale = getattr(optimizer, "grad_scale", None)
         factor = _factor(optimizer, scale)
     if taken and factor is not None:
-        averaged = int(optimizer.__dict__.get("_ema_steps", 0))
+        averaged = averages_of(optimizer)
         decay = optimizer.ema_decay
         if callable(decay):
             decay = checked_decay(decay(averaged + 1))
@@ -69,6 +70,8 @@ def _factor(optimizer: WithAverages, scale: Tensor | None) -> float | None:
         if scale is not None:
             norm = norm / scale.to(norm.device)
         finite = bool(norm.isfinite())
+        if not finite and optimizer.skip_nonfinite:  # or their squares are too large for float64
+            finite = bool(_norm.total_norm(grads, math.inf).isfinite())
         norm = norm.to(_norm.norm_dtype(grads))
         _C.note(optimizer, norm, optimizer.skip_nonfinite and not finite)
         if optimizer.error_if_nonfinite:

@@ -136,6 +136,11 @@ def another_release(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_nvcc(home, home, release="12.8")
 
 
+def too_old(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    write_nvcc(home, home, release="12.0")
+
+
 def no_answer(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_nvcc(home, home, release="unknown")
 
@@ -153,6 +158,7 @@ LACKS = [
     (no_cuda_in_torch, "torch was a CPU build", "install a torch with CUDA"),
     (no_nvcc, "there was no nvcc", "install the toolkit of CUDA 13"),
     (another_release, "nvcc was of CUDA 12.8 and torch of 13.0", "install the toolkit of CUDA 13"),
+    (too_old, "nvcc was of CUDA 12.0", "install 12.1 or newer"),
     (no_answer, "did not tell its release", "install the toolkit of CUDA 13"),
     (an_old_compiler, "(#error -- unsupported GNU version!)", "in CXX"),
     (no_device, "TORCH_CUDA_ARCH_LIST was native", "unset it"),

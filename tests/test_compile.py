@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from twins import ORDINARY, Twins, parameters
 
+import fastsgd
+
 
 @pytest.fixture
 def dynamo() -> Any:
@@ -124,3 +126,20 @@ def test_inductor(row: Row, dynamo: Any) -> None:
             step()
         for p, q in twins.pairs():
             torch.testing.assert_close(p.detach(), q.detach())
+
+
+def test_compiled_clipping(dynamo: Any) -> None:
+    """``clip_grad_norm_`` is torch's own there, without a break in the graph."""
+    params = parameters((33,), (5, 7))()
+    for p in params:
+        p.grad = torch.randn_like(p)
+    expected = [p.grad.clone() for p in params]
+    norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in expected]))
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def clip() -> Tensor:
+        return fastsgd.clip_grad_norm_(params, 0.5)
+
+    torch.testing.assert_close(clip(), norm)
+    for p, grad in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.grad, grad * 0.5 / norm)

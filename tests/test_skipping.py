@@ -59,6 +59,25 @@ def test_finite_grads_of_an_infinite_norm(row: Row) -> None:
                 twins.ours.step()
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("bad", [None, INF, NAN])
+def test_finite_grads_of_an_infinite_norm_in_torch(row: Row, bad: float | None) -> None:
+    """Where torch's code takes part, too, it is elements that count and not their squares."""
+    values = parameters((3,), dtype=torch.float64)()[0].detach()
+    p = values.clone().as_subclass(Subclass).requires_grad_()
+    optimizer = row.ours([p], **row.plain, skip_nonfinite=True)
+    p.grad = torch.full_like(p, 1e200)
+    if bad is not None:
+        p.grad[1] = bad
+    optimizer.step()
+    assert optimizer.skipped_steps == (bad is not None)
+    if bad is not None:
+        assert_equal(p.detach().as_subclass(torch.Tensor), values)
+
+
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize(**flagged({}, {"fused": True}))
 def test_overflow_under_a_scaler(row: Row, flags: Any, unscale: bool) -> None:

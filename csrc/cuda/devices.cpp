@@ -137,9 +137,14 @@ void DeviceWork::launch() {
 
 at::Tensor DeviceWork::norm(bool is_double) {
   if (engine_.standing() == nullptr) return {};
+  device().begin();  // after the last step, and before the next one, on whatever streams these are
+  engine_.use_standing();
   const at::TensorOptions there = at::device(device().tensors());
   const at::Tensor seen = at::from_blob(&engine_.standing()->norm, {}, there.dtype(at::kDouble));
-  return seen.to(is_double ? at::kDouble : at::kFloat, /*non_blocking=*/false, /*copy=*/true);
+  at::Tensor norm = seen.to(is_double ? at::kDouble : at::kFloat, /*non_blocking=*/false,
+                            /*copy=*/true);
+  device().end();
+  return norm;
 }
 
 const std::int64_t* DeviceWork::skipped() const {

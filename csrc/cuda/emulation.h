@@ -11,8 +11,10 @@ bool emulated();
 void emulate(bool on);
 
 struct EmulatedWork {
-  std::int64_t launches = 0, uploads = 0;  // asked for so far
-  bool captures = false;                   // a graph: only said, nothing is recorded
+  // Asked for so far; and of the launches those of a step alone whose arguments are the large
+  // ones, and those for which even these were too small, so that there is a table.
+  std::int64_t launches = 0, uploads = 0, large = 0, tables = 0;
+  bool captures = false;  // a graph: only said, nothing is recorded
 };
 EmulatedWork& emulated_work();
 

@@ -167,17 +167,18 @@ void Engine::bring(Batch& batch, const Work& work) {
 }
 
 void Engine::bring_standing() {
-  if (standing_) {
-    const std::int64_t stream = device_->stream();
-    if (stream != stream_) device_->used(standing_);
-    stream_ = stream;
-    return;
-  }
+  if (standing_) return use_standing();
   static constexpr Standing kBefore;
   auto standing = device_->allocate(sizeof(kBefore));
   device_->upload(standing.get(), &kBefore, sizeof(kBefore));
   standing_ = std::move(standing);
   stream_ = device_->stream();
+}
+
+void Engine::use_standing() {
+  const std::int64_t stream = device_->stream();
+  if (stream != stream_) device_->used(standing_);
+  stream_ = stream;
 }
 
 void Engine::prepare(const Work& work) {

@@ -59,6 +59,8 @@ class Engine {
   bool ever_captured() const { return captured_ || !kept_.empty(); }
   // On the device; null before the first work.
   Standing* standing() const { return static_cast<Standing*>(standing_.get()); }
+  // Says that the current stream uses it, once it is there.
+  void use_standing();
 
  private:
   // The work of one launch.

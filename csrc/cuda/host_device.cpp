@@ -89,6 +89,10 @@ void run(const Launch& what, const void* in) {
   static const Bodies<false> plain;
   static const Bodies<true> around;
   const A& arguments = *static_cast<const A*>(in);
+  EmulatedWork& work = emulated_work();
+  ++work.launches;
+  work.large += !what.few && !what.around && !what.laid_out && is_step(what.kernel);
+  work.tables += arguments.tables.hypers != nullptr && arguments.tables.grads != nullptr;
   if (what.kernel == kZero) return zero(what, arguments.tables);
   const bool any = what.around || what.laid_out;
   const Body body = (any ? around.body : plain.body)[what.kernel];
@@ -113,7 +117,6 @@ class HostDevice final : public Device {
   std::int64_t read(const std::int64_t* there) override { return *there; }
   void prepare(const Launch&) override {}
   void launch(const Launch& what, const void* arguments) override {
-    ++emulated_work().launches;
     what.few ? run<FewArguments>(what, arguments) : run<ManyArguments>(what, arguments);
   }
   void begin() override {}
