@@ -29,18 +29,22 @@ class WithAverages(WithExtras):
     def state_dict(self) -> dict[str, Any]:
         """Return torch's; the number of averages so far is the groups' key ``ema_steps``."""
         refuse_inside_ema_weights(self, "state_dict()")
+        return super().state_dict()
 
-        def add_steps(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            if steps := averages_of(self):
-                for group in state_dict["param_groups"]:
-                    group["ema_steps"] = steps
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make torch's optimizer; its state dicts will have the number of averages."""
+        super().__init__(*args, **kwargs)
+        self._have_steps_added()
 
-        # The first of the hooks: the others see it, and may make something else of it all.
-        hook = self.register_state_dict_post_hook(add_steps, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            hook.remove()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take torch's state; hooks, of which it has none, are not copied."""
+        super().__setstate__(state)
+        self._have_steps_added()
+
+    def _have_steps_added(self) -> None:
+        # A hook, before all others: they see it, and may make something else of the whole.
+        if add_steps not in self._optimizer_state_dict_post_hooks.values():
+            self.register_state_dict_post_hook(add_steps, prepend=True)
 
     @of_the_optimizer_within
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -60,24 +64,20 @@ class WithAverages(WithExtras):
         loaded: dict[str, Any] = {}
         # The last of the hooks, and so it sees what is loaded in the end.
         hook = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
-        # And the first of these, which so find averages as they are after any step.
-        post_hook = self.register_load_state_dict_post_hook(
-            lambda _: self._take_averages(loaded), prepend=True
-        )
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-            post_hook.remove()
-
-    def _take_averages(self, loaded: dict[str, Any]) -> None:
-        """Count the averages that torch has loaded with a state dict, and have them in float32."""
         steps = [
             _checked_steps(group.pop("ema_steps"))
             for group in self.param_groups
             if "ema_steps" in group
         ]
-        states = [own for own in self.state.values() if isinstance(own, dict)]
+        states = [
+            own
+            for param, own in self.state.items()
+            if isinstance(param, Tensor) and isinstance(own, dict)
+        ]
         for own in states:
             if isinstance(own.get("ema"), dict) and not own["ema"]:  # of none in a flat checkpoint
                 del own["ema"]
@@ -159,6 +159,13 @@ class WithAverages(WithExtras):
         return state
 
 
+def add_steps(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Enter the number of averages, if there are any, into the groups of a state dict."""
+    if steps := averages_of(optimizer):
+        for group in state_dict.get("param_groups", ()):
+            group["ema_steps"] = steps
+
+
 def averages_of(optimizer: Optimizer) -> int:
     """Return how many averages there were; a device that counts them is waited for."""
     steps = optimizer.__dict__.get("_ema_steps", 0)
@@ -218,6 +225,9 @@ class _Exchange:
         self.left: list[list[int]] = []
         # What those pairs held. An average of another dtype than its parameter keeps what it holds.
         self.held: dict[int, tuple[Tensor, Tensor | None]] = {}
+        # The pairs that are exchanged back, and what those held that the kernels left then.
+        self.exchanged: list[tuple[Tensor, Tensor]] = []
+        self.back: dict[int, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def make(self) -> None:
@@ -242,13 +252,16 @@ class _Exchange:
                     _local(tensor).copy_(value)
             del self.held[i]
         if len(self.left) == 1:
-            exchanged = [pair for i, pair in enumerate(self.pairs) if i not in self.left[0]][::-1]
-            self._in_kernels(exchanged)
-            for i in self.left[1]:  # by torch's operators, as a mode is on that was not
-                param, average = map(_local, exchanged[i])
-                was = param.clone()
-                param.copy_(average)
-                average.copy_(was)
+            self.exchanged = [p for i, p in enumerate(self.pairs) if i not in self.left[0]][::-1]
+            self._in_kernels(self.exchanged)
+        while len(self.left) == 2 and self.left[1]:
+            i = self.left[1][0]  # by torch's operators, as a mode is on that was not
+            param, average = map(_local, self.exchanged[i])
+            if i not in self.back:
+                self.back[i] = param.clone(), average.clone()
+            average.copy_(self.back[i][0])
+            param.copy_(self.back[i][1])
+            del self.left[1][0]
 
     def _in_kernels(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         params, averages = ([_local(pair[side]) for pair in pairs] for side in (0, 1))

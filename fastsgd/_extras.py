@@ -21,13 +21,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not _is_number(value):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    number = float(value)
-    if not 0 <= number:
+    if not 0 <= value:
         raise ValueError(f"Invalid {name}: {value}. It must be a number, and at least 0.")
-    return number
+    return float(value)
 
 
 def _optional_number(name: str, value: Any) -> float | None:
@@ -51,10 +54,9 @@ def _norm_type(name: str, value: Any) -> float:
 
 def checked_decay(value: Any) -> float:
     """Return the decay of an average as a float, in torch's words if it is none."""
-    if not isinstance(value, bool) and isinstance(value, Real):
-        number = float(value)
-        if 0 <= number <= 1:
-            return number
+    if _is_number(value):
+        if 0 <= value <= 1:
+            return float(value)
         raise ValueError(
             f"Invalid decay value {value} provided. Please provide a value in [0,1] range."
         )
@@ -125,7 +127,7 @@ class Extra:
         """Set it, if it is valid together with the others."""
         value = self.check(self.name, value)
         optimizer = unwrapped(optimizer)
-        if "param_groups" not in optimizer.__dict__:  # __init__ will check it with the others
+        if not hasattr(optimizer, "param_groups"):  # __init__ will check it with the others
             optimizer.__dict__.setdefault("_extras", {})[self.name] = value
             return
         extras: Values = optimizer.__dict__.get("_extras", {})

@@ -89,7 +89,7 @@ def _make_init(stock_init: Callable[..., None]) -> Callable[..., None]:
     """Return the constructor of a class whose torch class has ``stock_init``."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        WithExtras.__init__(self, *args, **kwargs)
+        FusedStep.__init__(self, *args, **kwargs)
 
     __init__.__signature__ = signature_with_extras(stock_init)  # type: ignore[attr-defined]
     __init__.__doc__ = stock_init.__doc__

@@ -25,6 +25,8 @@ from fastsgd._stock import (
 def step_with_extras(optimizer: WithAverages, step_as_stock: Step, routes: Routes) -> None:
     """Step in parts, with what the kernels would do around it done here for torch's part."""
     extras = optimizer.__dict__["_extras"]
+    if optimizer.clear_grads == "zero":
+        _refuse_what_cannot_be_zeroed(optimizer)
     found_inf = getattr(optimizer, "found_inf", None)
     taken = found_inf is None or not found_inf.item()
     if taken:
@@ -59,6 +61,24 @@ def step_with_extras(optimizer: WithAverages, step_as_stock: Step, routes: Route
             note_averages(optimizer, averaged + 1)
 
 
+def _refuse_what_cannot_be_zeroed(optimizer: WithAverages) -> None:
+    """Raise before the step where zeroing the gradients after it would."""
+    for param in params_of(optimizer):
+        grad = param.grad
+        if grad is None:
+            continue
+        if grad.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "A grad is an inference tensor. Inplace update to inference tensor outside "
+                "InferenceMode is not allowed: set clear_grads to True instead."
+            )
+        if grad.grad_fn is not None and grad._is_view():
+            raise RuntimeError(
+                "A grad is a view in a graph. Can't detach views in-place, so it cannot be zeroed: "
+                "set clear_grads to True instead."
+            )
+
+
 def _factor(optimizer: WithAverages, scale: Tensor | None) -> float | None:
     """Return what gradients are to be multiplied by; None where the step is to be skipped."""
     max_norm = optimizer.max_grad_norm
@@ -70,7 +90,8 @@ def _factor(optimizer: WithAverages, scale: Tensor | None) -> float | None:
         if scale is not None:
             norm = norm / scale.to(norm.device)
         finite = bool(norm.isfinite())
-        if not finite and optimizer.skip_nonfinite:  # or their squares are too large for float64
+        alone = not any(hasattr(grad, "device_mesh") for grad in grads)  # or others are to ask, too
+        if not finite and optimizer.skip_nonfinite and alone:  # squares may be beyond float64
             finite = bool(_norm.total_norm(grads, math.inf).isfinite())
         norm = norm.to(_norm.norm_dtype(grads))
         _C.note(optimizer, norm, optimizer.skip_nonfinite and not finite)

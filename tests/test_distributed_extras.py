@@ -166,6 +166,26 @@ def test_nan_in_one_process(tmp_path: Path, norm_type: float) -> None:
     workers.run(find_nan, tmp_path, str(norm_type))
 
 
+def skip_apart() -> None:
+    """Worker: a NaN in a plain gradient beside shards, which the other process has not."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole = Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+    plain = Parameter(torch.zeros(3))
+    optimizer = fastsgd.SGD([whole, plain], lr=1.0, skip_nonfinite=True)
+    for step in range(3):
+        whole.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+        plain.grad = torch.ones(3)
+        if step == 1 and dist.get_rank() == 0:
+            plain.grad[1] = math.nan
+        optimizer.step()
+    assert optimizer.skipped_steps == (dist.get_rank() == 0)
+
+
+def test_norms_that_differ(tmp_path: Path) -> None:
+    """Plain gradients are each process's own, and so are the norms: nobody waits for another."""
+    workers.run(skip_apart, tmp_path)
+
+
 def test_placements(tmp_path: Path) -> None:
     """``clip_grad_norm_`` counts each element of a distributed gradient once."""
     workers.run(clip_placements, tmp_path)

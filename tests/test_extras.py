@@ -266,6 +266,11 @@ def test_numbers_of_other_kinds(row: Row) -> None:
     assert type(optimizer.max_grad_norm) is type(optimizer.ema_decay) is float
 
 
+def test_numbers_beyond_floats(row: Row) -> None:
+    with pytest.raises(ValueError, match=INVALID):
+        row.ours(parameters((3,))(), **row.rich, ema_decay=10**400)
+
+
 def test_a_shallow_copy_has_its_own(row: Row) -> None:
     """Setting an option of a copy leaves the other's alone."""
     optimizer = row.ours(parameters((3,))(), **row.rich, max_grad_norm=0.5)

@@ -96,9 +96,9 @@ def test_peak_memory_of_a_step(row: Row) -> None:
     """A step needs its states and averages, and no more (stock's foreach copies the grads)."""
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
-    isolated.run(
+    said = isolated.run(
         f"""
-        import torch
+        import ctypes, sys, torch
         from cases import OPTIMIZERS
         row = OPTIMIZERS[{OPTIMIZERS.index(row)}]
 
@@ -117,7 +117,12 @@ def test_peak_memory_of_a_step(row: Row) -> None:
             optimizer = None  # the last one's states are gone
             optimizer = row.ours(params, **options)
             states -= row.eager and len(row.states)
-            open("/proc/self/clear_refs", "w").write("5")  # the peak is now what is resident
+            ctypes.CDLL(None).malloc_trim(0)
+            try:
+                open("/proc/self/clear_refs", "w").write("5")  # the peak is now what is resident
+            except OSError:
+                print("no peak")
+                sys.exit()
             before = peak()
             for _ in range(3):
                 optimizer.step()
@@ -125,3 +130,5 @@ def test_peak_memory_of_a_step(row: Row) -> None:
             assert used < states * MIB + 8, f"{{used}} MiB for {{states}} states of {{MIB}} MiB"
         """
     )
+    if "no peak" in said:
+        pytest.skip("the kernel does not measure peaks anew")

@@ -526,11 +526,13 @@ def test_a_version_is_not_counted_before_the_write(row: Row) -> None:
         ready.clear()
         done.clear()
         version = p._version
-        thread = threading.Thread(target=watch)
+        thread = threading.Thread(target=watch, daemon=True)
         thread.start()
         ready.wait(60)
-        optimizer.step()
-        done.set()
+        try:
+            optimizer.step()
+        finally:
+            done.set()
         thread.join(60)
         assert not [v for v, unwritten in seen if v > version and unwritten]
         seen.clear()
