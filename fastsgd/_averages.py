@@ -73,15 +73,11 @@ class WithAverages(WithExtras):
             for group in self.param_groups
             if "ema_steps" in group
         ]
-        states = [
-            own
-            for param, own in self.state.items()
-            if isinstance(param, Tensor) and isinstance(own, dict)
-        ]
-        for own in states:
+        states = _states_of_params(self)
+        for own in states.values():
             if isinstance(own.get("ema"), dict) and not own["ema"]:  # of none in a flat checkpoint
                 del own["ema"]
-        averages = any("ema" in own for own in states)
+        averages = any("ema" in own for own in states.values())
         if steps or averages or "_ema_steps" in self.__dict__:
             self.__dict__["_ema_steps"] = max([*steps, 1 if averages else 0])
         if averages and self.ema_dtype is not None:
@@ -125,12 +121,10 @@ class WithAverages(WithExtras):
                 "ema_weights() before the first step: there are no averages yet. Take a step, or "
                 "load a checkpoint that has them."
             )
-        params = [
-            param
-            for param, own in self.state.items()
-            if isinstance(param, Tensor) and isinstance(own, dict) and "ema" in own
-        ]
-        exchange = _Exchange(params, [self.state[param]["ema"] for param in params])
+        averages = {
+            param: own["ema"] for param, own in _states_of_params(self).items() if "ema" in own
+        }
+        exchange = _Exchange(list(averages), list(averages.values()))
         extras = self.__dict__["_extras"]
 
         def leave() -> None:
@@ -157,6 +151,15 @@ class WithAverages(WithExtras):
                 value = self.__dict__[key]
                 state[key] = dict(value) if key == "_extras" else value  # a copy has its own
         return state
+
+
+def _states_of_params(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
+    """Return the states of parameters, without what else may be in an optimizer's state."""
+    return {
+        param: own
+        for param, own in optimizer.state.items()
+        if isinstance(param, Tensor) and isinstance(own, dict)
+    }
 
 
 def add_steps(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

@@ -33,6 +33,10 @@ EXTRAS = {
 }
 
 
+class Own(Tensor):
+    """A class that the kernels do not know."""
+
+
 def extras_of(optimizer: Any) -> dict[str, Any]:
     """Return what an optimizer says of its extras."""
     return {name: getattr(optimizer, name) for name in EXTRAS}

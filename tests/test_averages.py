@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, EXACT, HALVES, LARGER, ORDINARY_SHAPES, SIZES, Row
-from onepass import INF, Averages, ClippedStep, Extended, all_dtypes, copies, unit
+from onepass import INF, Averages, ClippedStep, Extended, Own, all_dtypes, copies, unit
 from oracle import all_params, assert_equal
 from snapshot import Snapshot
 from torch.nn import Parameter
@@ -125,14 +125,10 @@ def test_grads_that_come_late_and_go(row: Row, dtype: torch.dtype, decay: Any) -
     assert all(averages.seen)
 
 
-class Subclass(torch.Tensor):
-    pass
-
-
 def test_a_subclass_that_loses_its_grad(row: Row) -> None:
     """It goes on being averaged, as a plain tensor does."""
     plain = parameters((33,), (5, 7))()
-    foreign = [p.detach().clone().as_subclass(Subclass).requires_grad_() for p in plain]
+    foreign = [p.detach().clone().as_subclass(Own).requires_grad_() for p in plain]
     pair = [row.ours(each, **row.rich, ema_decay=0.5) for each in (plain, foreign)]
     for step in range(5):
         for i in range(2):

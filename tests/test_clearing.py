@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, HALVES, LAYOUTS, ORDINARY_SHAPES, TAKE_FUSED, TAKE_SPARSE, Layout, Row
-from onepass import INF, NAN, Averages, ClippedStep, Extended, all_dtypes, copies, with_extras
+from onepass import INF, NAN, Averages, ClippedStep, Extended, Own, all_dtypes, copies, with_extras
 from oracle import all_params, assert_equal
 from snapshot import Snapshot
+from test_modes import Counting
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode
 from twins import Twins, parameters, random_grad
 
 BUILD = parameters(*ORDINARY_SHAPES, (257,))
@@ -268,15 +268,6 @@ def test_expanded_grads_anywhere(row: Row) -> None:
             assert not p.grad.any()
 
 
-class Subclass(torch.Tensor):
-    pass
-
-
-class Passing(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("how", ["alone", "expanded", "subclass", "mode"])
 def test_grads_that_cannot_be_zeroed(row: Row, how: str) -> None:
     """A view in a graph, a tensor of inference mode: refused before anything is written."""
@@ -286,7 +277,7 @@ def test_grads_that_cannot_be_zeroed(row: Row, how: str) -> None:
     for grad, what in ((graph[0], "is a view in a graph"), (inference, "is an inference tensor")):
         params = parameters(*[(33,)] * 3)()
         if how == "subclass":
-            params[1] = params[1].detach().as_subclass(Subclass).requires_grad_()
+            params[1] = params[1].detach().as_subclass(Own).requires_grad_()
         optimizer = row.ours(params, **row.rich, clear_grads="zero")
         for p in params:
             p.grad = random_grad(p)
@@ -295,7 +286,7 @@ def test_grads_that_cannot_be_zeroed(row: Row, how: str) -> None:
             p.grad = random_grad(p)[:1].expand(33) if how == "expanded" else random_grad(p)
         params[1].grad = grad
         snapshot = Snapshot(optimizer)
-        mode = Passing() if how == "mode" else nullcontext()
+        mode = Counting() if how == "mode" else nullcontext()
         with pytest.raises(RuntimeError, match=f"grad {what}"), mode:
             optimizer.step()
         snapshot.assert_unchanged()

@@ -10,7 +10,7 @@ import isolated
 import pytest
 import torch
 from cases import EXACT, HALVES, HUGE
-from onepass import INF, all_dtypes, assert_norm, coefficient, copies
+from onepass import INF, Own, all_dtypes, assert_norm, coefficient, copies
 from oracle import assert_equal
 from test_clipping import SHAPES
 from torch import Tensor
@@ -102,10 +102,6 @@ def of_expanded(p: Tensor) -> Any:
 def of_infinite(p: Tensor) -> Any:
     p.grad[50] = INF
     return [p]
-
-
-class Own(Tensor):
-    """A class that the kernels do not know."""
 
 
 def of_a_class(p: Tensor) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, Row, flagged
-from onepass import INF, NAN, Extended, copies
+from onepass import INF, NAN, Extended, Own, copies
 from oracle import all_params, assert_equal
 from snapshot import Snapshot
 from twins import parameters, random_grad
@@ -59,15 +59,11 @@ def test_finite_grads_of_an_infinite_norm(row: Row) -> None:
                 twins.ours.step()
 
 
-class Subclass(torch.Tensor):
-    pass
-
-
 @pytest.mark.parametrize("bad", [None, INF, NAN])
 def test_finite_grads_of_an_infinite_norm_in_torch(row: Row, bad: float | None) -> None:
     """Where torch's code takes part, too, it is elements that count and not their squares."""
     values = parameters((3,), dtype=torch.float64)()[0].detach()
-    p = values.clone().as_subclass(Subclass).requires_grad_()
+    p = values.clone().as_subclass(Own).requires_grad_()
     optimizer = row.ours([p], **row.plain, skip_nonfinite=True)
     p.grad = torch.full_like(p, 1e200)
     if bad is not None:

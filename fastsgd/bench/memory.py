@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -21,14 +21,13 @@ from torch import Tensor
 
 from fastsgd.bench import malloc
 from fastsgd.bench.contestants import Inputs, Training
-from fastsgd.bench.one_pass import Chain, Loop, Ours, Stock
+from fastsgd.bench.one_pass import CHAINS, Loop, Ours, Stock
 from fastsgd.bench.rules import RULES
 from fastsgd.bench.shapes import SHAPES
 
 # Counted and watched over this many steps, each after a backward of its own.
 STEPS = 3
 MEMORY_RULES = ("momentum", "adamw")
-CHAINED_RULE, CHAIN_TITLE = "adamw", "AdamW, all four"
 WARM_UP_STEPS = 2
 
 
@@ -87,8 +86,9 @@ def memories(inputs: Inputs) -> Iterator[Memory]:
             training = Training(inputs, mode, rule)
             named = (inputs.shape.name, rule.title, mode.name)
             yield of(named, training, training.optimizer.step)
-    rule = RULES[CHAINED_RULE]
-    lr, around = rule.timed["lr"], Chain(CHAIN_TITLE, inputs.shape.name, rule.name)
+    around = replace(CHAINS[0], shape=inputs.shape.name)
+    rule = RULES[around.rule]
+    lr = rule.timed["lr"]
     for mode in (rule.ours, *rule.rivals):
         ours = mode is rule.ours
         loop = Ours(around, rule, inputs, lr) if ours else Stock(around, rule, mode, inputs, lr)
