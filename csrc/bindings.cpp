@@ -115,6 +115,15 @@ PyObject* step_or_route(PyObject*, PyObject* optimizer) {
   });
 }
 
+PyObject* step_rest(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return with_memory_errors([&] {
+    TORCH_CHECK_TYPE(count == 2, "step_rest takes an optimizer and routes");
+    const WalkersOf walkers(arguments[0]);
+    const auto taken = py::cast<Routes>(py::handle(arguments[1]));
+    return PyBool_FromLong(walkers.idle().step(arguments[0], taken));
+  });
+}
+
 PyObject* zero_grad(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return with_memory_errors([&]() -> PyObject* {
     TORCH_CHECK_TYPE(count == 3, "zero_grad takes an optimizer and two bools");
@@ -145,6 +154,11 @@ void note(py::handle optimizer, const at::Tensor& norm, bool skipped) {
   WalkersOf(optimizer.ptr())->note(norm, skipped);
 }
 
+// As a table of methods has it.
+PyCFunction fast_call(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
 PyMethodDef methods[] = {
     {"step", step, METH_O,
      "Step every parameter of an optimizer that has no hooks and is not profiled. Returns whether "
@@ -152,8 +166,10 @@ PyMethodDef methods[] = {
     {"step_or_route", step_or_route, METH_O,
      "Step every parameter of an optimizer and return None; or write nothing and return, for each "
      "group, the indices of the parameters that only stock's path can take (no groups: all)."},
-    {"zero_grad", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(zero_grad)),
-     METH_FASTCALL,
+    {"step_rest", fast_call(step_rest), METH_FASTCALL,
+     "Step every parameter but those that these routes name, which somebody else has stepped. "
+     "Returns whether it did; where not, nothing was written."},
+    {"zero_grad", fast_call(zero_grad), METH_FASTCALL,
      "Reset the gradients of an optimizer; return the parameters that are not plain tensors. Does "
      "nothing and returns None where someone profiles and is not `observed` to know it."},
     {nullptr, nullptr, 0, nullptr}};

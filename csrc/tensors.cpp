@@ -3,6 +3,8 @@
 #include <ATen/EmptyTensor.h>
 #include <c10/core/InferenceMode.h>
 
+#include <algorithm>
+
 #include "plain.h"
 
 namespace fastsgd {
@@ -44,6 +46,18 @@ bool can_be_lerped(at::ScalarType state, const c10::TensorImpl& grad, const c10:
   if (!adds_param) return state == of_grad;
   if (grad.dim() != param.dim()) return true;  // promotion then has more rules
   return state == c10::promoteTypes(of_grad, c10::typeMetaToScalarType(param.dtype()));
+}
+
+// Whether sizes and strides say where in its storage a tensor's elements lie.
+bool lies_as_it_says(const c10::TensorImpl& tensor) {
+  return tensor.has_storage() && tensor.layout() == at::kStrided && !tensor.is_nested() &&
+         !tensor.is_python_dispatch() && !tensor.has_symbolic_sizes_strides();
+}
+
+// Of the last of those elements; 0 where there are none.
+std::size_t end_in_storage(const c10::TensorImpl& tensor) {
+  return at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.itemsize(),
+                                          static_cast<std::size_t>(tensor.storage_offset()));
 }
 
 }  // namespace
@@ -136,14 +150,16 @@ void check_counter(Place place, const c10::TensorImpl& counter) {
 }
 
 bool has_memory(const c10::TensorImpl& tensor) {
-  if (tensor.is_python_dispatch() || tensor.layout() != at::kStrided || tensor.is_meta() ||
-      tensor.has_symbolic_sizes_strides() || !tensor.has_storage()) {
-    return true;
-  }
-  const std::size_t needed =
-      at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.itemsize(),
-                                       static_cast<std::size_t>(tensor.storage_offset()));
-  return tensor.numel() == 0 || tensor.unsafe_storage().nbytes() >= needed;
+  if (!lies_as_it_says(tensor) || tensor.is_meta()) return true;
+  return tensor.unsafe_storage().nbytes() >= end_in_storage(tensor);
+}
+
+Range reach(const c10::TensorImpl& tensor) {
+  const auto storage = reinterpret_cast<std::uintptr_t>(tensor.storage().data());
+  if (!lies_as_it_says(tensor)) return {storage, storage + tensor.storage().nbytes()};
+  const std::size_t end = end_in_storage(tensor);
+  const auto offset = static_cast<std::size_t>(tensor.storage_offset()) * tensor.itemsize();
+  return {storage + std::min(offset, end), storage + end};
 }
 
 void storage_too_small(const std::string& what, const c10::TensorImpl& tensor) {

@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 
+#include "alias.h"
 #include "kernel.h"
 #include "plain.h"
 
@@ -86,6 +87,9 @@ void check_counter(Place place, const c10::TensorImpl& counter);
 
 // Whether memory is there for all elements of a tensor; true where only the tensor itself can tell.
 bool has_memory(const c10::TensorImpl& tensor);
+// The memory in which the elements of a tensor with a storage lie; all of that where only the
+// tensor itself can tell.
+Range reach(const c10::TensorImpl& tensor);
 // `what`: "param_groups[0]['params'][3]: the storage of its grad".
 [[noreturn]] void storage_too_small(const std::string& what, const c10::TensorImpl& tensor);
 [[noreturn]] void written_but_expanded(Place place, const Structure& structure, int stream);

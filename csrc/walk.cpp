@@ -103,7 +103,7 @@ bool Walker::plan_all(PyObject* groups, PyObject* state) {
 
 // Plans a step, or finds who else must take it.
 Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defaults,
-                              PyObject* attributes) {
+                              PyObject* attributes, const Routes& taken) {
   if (groups == nullptr || !PyList_CheckExact(groups)) return Way::kStock;
   if (state == nullptr || !is_dict_of_dicts(state)) return Way::kStock;
   if (defaults == nullptr || !PyDict_Check(defaults)) return Way::kStock;
@@ -147,10 +147,10 @@ Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defau
   if (extras_->measures() && routes_.empty() && norm_is_apart()) {
     routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
   }
-  return routes_.empty() ? Way::kKernels : Way::kParts;
+  return routes_.empty() || routes_ == taken ? Way::kKernels : Way::kParts;
 }
 
-bool Walker::step(PyObject* optimizer) {
+bool Walker::step(PyObject* optimizer, const Routes& taken) {
   const Busy guard(busy);
   const Cleanup cleanup{*this};
   PyObject* attributes = attributes_of(optimizer);
@@ -167,7 +167,7 @@ bool Walker::step(PyObject* optimizer) {
   if (extras_->averages) averaged = extras_reader_.averaged(attributes);
   clears_in_pass_ = extras_->clear == Extras::Clear::kToZero;
   works_.clear();
-  const Way way = plan_step(groups.get(), state.get(), defaults.get(), attributes);
+  const Way way = plan_step(groups.get(), state.get(), defaults.get(), attributes, taken);
   if (way != Way::kParts) routes_.clear();
   if (way == Way::kStock || way == Way::kParts) return false;
   bool steps = way == Way::kKernels;
@@ -226,9 +226,8 @@ void Walker::leave_to_stock(Place place, PyObject* param) {
       hidden_ = true;
     }
     if (!tensor->has_storage()) return;
-    const auto begin = reinterpret_cast<std::uintptr_t>(tensor->storage().data());
-    const std::uintptr_t bytes = tensor->storage().nbytes();
-    if (bytes > 0) left_.push_back({begin, begin + bytes});
+    const Range range = reach(*tensor);
+    if (range.begin < range.end) left_.push_back(range);
   };
   if (!any_tensor(param)) return;
   c10::TensorImpl* tensor = impl_of(param);

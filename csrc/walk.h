@@ -39,7 +39,8 @@ class Walker {
 
   // Steps everything and returns true; or writes nothing and returns false, where stock must take a
   // part: routes() says which, and is empty where that is all. Throws before anything is written.
-  bool step(PyObject* optimizer);
+  // Where `taken` is just what stock must take, that has been stepped, and the rest is everything.
+  bool step(PyObject* optimizer, const Routes& taken = {});
   const Routes& routes() const { return routes_; }
 
   // How many steps devices have skipped.
@@ -84,7 +85,8 @@ class Walker {
   // Who is to take a step. Parts may be none: then Python is to find the norm, and ask again.
   enum class Way { kKernels, kStock, kParts, kNone };
 
-  Way plan_step(PyObject* groups, PyObject* state, PyObject* defaults, PyObject* attributes);
+  Way plan_step(PyObject* groups, PyObject* state, PyObject* defaults, PyObject* attributes,
+                const Routes& taken);
   bool plan_all(PyObject* groups, PyObject* state);
   bool plan_groups(PyObject* groups);
   void leave_to_stock(Place place, PyObject* param);

@@ -29,10 +29,17 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     if not tensors:
         return torch.tensor(0.0, dtype=torch.float64)
     infinity = math.isinf(norm_type)
-    norm, count, _, left = _C.norm_of([_plain(t, infinity) for t in tensors], False, infinity)
-    parts = [torch.tensor(norm, dtype=torch.float64)] if count else []
+    parts: list[Tensor] = []
+    left = list(tensors)
+    for ready in (None, _plain):  # few need to be made ready
+        if ready is not None:
+            left = [ready(tensor, infinity) for tensor in left]
+        norm, count, _, numbers = _C.norm_of(left, False, infinity)
+        if count:
+            parts.append(torch.tensor(norm, dtype=torch.float64))
+        left = [left[i] for i in numbers]
     shards: dict[Any, list[Tensor]] = {}
-    for tensor in (tensors[i].detach() for i in left):
+    for tensor in (tensor.detach() for tensor in left):
         if hasattr(tensor, "device_mesh"):
             mesh_and_dims, shard = _shard_of(tensor)
             shards.setdefault(mesh_and_dims, []).append(shard)

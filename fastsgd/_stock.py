@@ -30,12 +30,14 @@ def step_in_parts(optimizer: Optimizer, step_as_stock: Step, routes: Routes) -> 
     theirs = [
         [group["params"][i] for i in route] for group, route in zip(groups, routes, strict=True)
     ]
-    ours = [
+    if any(theirs):
+        with_changes(_params(groups, theirs), partial(step_as_stock, optimizer))
+    if _C.step_rest(optimizer, routes):
+        return
+    ours = [  # of which torch must take some after all
         [param for i, param in enumerate(group["params"]) if i not in route]
         for group, route in zip(groups, map(set, routes), strict=True)
     ]
-    if any(theirs):
-        with_changes(_params(groups, theirs), partial(step_as_stock, optimizer))
     with_changes(_params(groups, ours), partial(_step_the_rest, optimizer, step_as_stock))
 
 

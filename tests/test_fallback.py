@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import EXACT, REFUSE_SPARSE, TAKE_SPARSE, Row, flagged
+from life import recorded
 from oracle import all_params, assert_equal
 from snapshot import Snapshot
 from torch import Tensor, nn
@@ -567,6 +568,31 @@ def test_memory_shared_with_a_state_of_a_subclass(row: Row) -> None:
     twins.step()
     for mine, theirs in twins.pairs():
         assert_equal(mine.detach(), theirs.detach())
+
+
+@pytest.mark.parametrize("extras", [{}, {"max_grad_norm": 1e6, "ema_decay": 0.9}], ids=str)
+def test_views_of_one_buffer(row: Row, extras: dict[str, Any]) -> None:
+    """Neighbours in one memory do not share it: stock takes the one of a subclass alone."""
+
+    def params() -> list[torch.Tensor]:
+        views = list(torch.randn(5 * 67).split(67))
+        views[2] = views[2].as_subclass(Logged)
+        return [view.requires_grad_() for view in views]
+
+    twins = Twins(row, params, **{**row.rich, "weight_decay": 0.1})
+    for name, value in extras.items():
+        setattr(twins.ours, name, value)
+    for step in range(3):
+        for optimizer in twins.sides:
+            buffer = torch.linspace(-step - 1, 2, 5 * 67)
+            for p, grad in zip(all_params(optimizer), buffer.split(67), strict=True):
+                p.grad = grad
+        taken: list[Tensor] = []
+        with recorded(taken):
+            twins.step()
+        assert [type(p) for p in taken] == [Logged]
+        for p, q in twins.pairs():
+            assert_equal(p.detach().as_subclass(torch.Tensor), q.detach().as_subclass(torch.Tensor))
 
 
 def test_memory_hidden_in_a_wrapper(row: Row) -> None:
