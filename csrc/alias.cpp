@@ -26,6 +26,24 @@ bool any_meet(std::vector<Range>& writes, const std::vector<Range>& reads) {
   });
 }
 
+std::vector<std::int64_t> find_meeting(std::vector<Use>& uses) {
+  std::sort(uses.begin(), uses.end(),
+            [](const Use& a, const Use& b) { return a.range.begin < b.range.begin; });
+  std::vector<std::int64_t> meeting;
+  std::vector<const Use*> open;  // those before that reach at least to here
+  for (const Use& use : uses) {
+    std::erase_if(open, [&](const Use* other) { return other->range.end <= use.range.begin; });
+    for (const Use* other : open) {
+      if (other->by == use.by || !(other->writes || use.writes)) continue;
+      meeting.insert(meeting.end(), {other->by, use.by});
+    }
+    open.push_back(&use);
+  }
+  std::sort(meeting.begin(), meeting.end());
+  meeting.erase(std::unique(meeting.begin(), meeting.end()), meeting.end());
+  return meeting;
+}
+
 void merge(std::vector<Range>& ranges) {
   sort(ranges);
   std::size_t kept = 0;

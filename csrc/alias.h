@@ -16,6 +16,16 @@ struct Range {
 // Whether any of `writes` meets another of them or any of `reads`. Sorts `writes`.
 bool any_meet(std::vector<Range>& writes, const std::vector<Range>& reads);
 
+// Memory that a piece of work uses.
+struct Use {
+  Range range;
+  std::int64_t by;  // the number of the piece
+  bool writes;
+};
+
+// The pieces of work of which one writes what another uses, in ascending order. Sorts `uses`.
+std::vector<std::int64_t> find_meeting(std::vector<Use>& uses);
+
 // Makes ranges that meet one range.
 void merge(std::vector<Range>& ranges);
 

@@ -101,7 +101,8 @@ PyObject* step(PyObject*, PyObject* optimizer) {
   return with_memory_errors([&] {
     const WalkersOf walkers(optimizer);
     Walker& walker = walkers.idle();
-    return PyBool_FromLong(walker.unobserved(optimizer) && walker.step(optimizer));
+    const bool steps = !walker.left_any() && walker.unobserved(optimizer);
+    return PyBool_FromLong(steps && walker.step(optimizer));
   });
 }
 
@@ -120,7 +121,7 @@ PyObject* step_rest(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     TORCH_CHECK_TYPE(count == 2, "step_rest takes an optimizer and routes");
     const WalkersOf walkers(arguments[0]);
     const auto taken = py::cast<Routes>(py::handle(arguments[1]));
-    return PyBool_FromLong(walkers.idle().step(arguments[0], taken));
+    return PyBool_FromLong(walkers.idle().step(arguments[0], &taken));
   });
 }
 
@@ -150,6 +151,7 @@ py::object grad_norm(py::handle optimizer) {
 std::int64_t skipped_steps(py::handle optimizer) {
   return WalkersOf(optimizer.ptr())->skipped_steps();
 }
+double decay(py::handle optimizer) { return WalkersOf(optimizer.ptr())->decay(); }
 void note(py::handle optimizer, const at::Tensor& norm, bool skipped) {
   WalkersOf(optimizer.ptr())->note(norm, skipped);
 }
@@ -161,8 +163,9 @@ PyCFunction fast_call(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssiz
 
 PyMethodDef methods[] = {
     {"step", step, METH_O,
-     "Step every parameter of an optimizer that has no hooks and is not profiled. Returns whether "
-     "it did; where not, nothing was written."},
+     "Step every parameter of an optimizer that has no hooks and is not profiled, and of which "
+     "stock's path took none at the last step. Returns whether it did; where not, nothing was "
+     "written."},
     {"step_or_route", step_or_route, METH_O,
      "Step every parameter of an optimizer and return None; or write nothing and return, for each "
      "group, the indices of the parameters that only stock's path can take (no groups: all)."},
@@ -220,6 +223,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("grad_norm", &fastsgd::grad_norm,
              "The total norm of the gradients at an optimizer's last step; None before.");
   module.def("skipped_steps", &fastsgd::skipped_steps, "How many steps an optimizer has skipped.");
+  module.def("decay", &fastsgd::decay,
+             "What an optimizer's schedule of ema_decay said to step_or_route, which asks it.");
   module.def(
       "note", &fastsgd::note,
       "Note the norm that Python has found for an optimizer, and whether it skips the step.");

@@ -94,7 +94,6 @@ void ExtrasReader::keep(PyObject* attributes, const Averaged& averaged) {
 
 double decay_of(PyObject* schedule, std::int64_t number_of_average) {
   static auto& check = *new PyCall("fastsgd._extras", "checked_decay");
-  const Ref kept = Ref::borrow(schedule);
   const Ref number_object = Ref::steal(checked(PyLong_FromLongLong(number_of_average)));
   const Ref decay =
       Ref::steal(checked(PyObject_CallFunctionObjArgs(schedule, number_object.get(), nullptr)));

@@ -62,7 +62,8 @@ class ExtrasReader {
   std::uint64_t version_ = 0;
 };
 
-// The decay for an average, the `number`th, by a schedule. Runs Python code.
+// The decay for an average, the `number`th, by a schedule, which the caller keeps alive. Runs
+// Python code.
 double decay_of(PyObject* schedule, std::int64_t number);
 
 }  // namespace fastsgd

@@ -33,6 +33,7 @@ class Findings {
   // How many averages a device has counted, if that is known here, and in which tensor.
   std::int64_t averages = 0;
   const c10::TensorImpl* averages_of = nullptr;
+  double decay = 0;  // what a schedule said when it was last asked
 
  private:
   enum class Where : std::uint8_t { kNowhere, kHere, kThere, kTensor };

@@ -230,25 +230,62 @@ bool Plan::add_exchange(std::int64_t number, const at::Tensor& param, const at::
 
 // --- running ------------------------------------------------------------------------------------
 
-void Plan::collect_ranges() {
+// Calls use(range, run, whether it is written) for each stream of each run.
+template <class Use>
+void Plan::each_range(Use use) {
   end_spans();
-  writes_.clear();
-  reads_.clear();
-  counters_.collect(writes_);
-  reads_.insert(reads_.end(), scalars_.begin(), scalars_.end());
   for (const Span& span : spans_) {
     for (std::int64_t r = span.first; r < span.end; ++r) {
       const Run& run = runs_[static_cast<std::size_t>(r)];
       const bool writes_grad = Traits(run).writes_grad();
       for (int s = 0; s < span.streams; ++s) {
         const std::int64_t items = span.layout != nullptr ? span.layout->extent(s) : run.count;
+        if (items == 0) continue;
         const auto begin = reinterpret_cast<std::uintptr_t>(run.stream[s]);
         const Range range{begin, begin + static_cast<std::uintptr_t>(items * span.size_of(s))};
-        if (items == 0) continue;
-        (s != kGrad || writes_grad ? writes_ : reads_).push_back(range);
+        use(range, r, s != kGrad || writes_grad);
       }
     }
   }
+}
+
+void Plan::collect_ranges() {
+  writes_.clear();
+  reads_.clear();
+  counters_.collect(writes_);
+  reads_.insert(reads_.end(), scalars_.begin(), scalars_.end());
+  each_range([&](const Range& range, std::int64_t, bool writes) {
+    (writes ? writes_ : reads_).push_back(range);
+  });
+}
+
+bool Plan::find_meeting(const std::vector<Range>& others,
+                        std::vector<const c10::TensorImpl*>& found) {
+  constexpr std::int64_t kOthers = -1, kOwn = -2;
+  std::vector<Use> uses;
+  each_range([&](const Range& range, std::int64_t run, bool writes) {
+    uses.push_back({range, run, writes});
+  });
+  for (const Range& range : others) uses.push_back({range, kOthers, true});
+  std::vector<Range> counters;
+  counters_.collect(counters);
+  const bool one_a_run = counters.size() == used_;  // and not of some that are only averaged
+  if (!one_a_run && any_meet(counters, {})) return false;
+  for (std::size_t i = 0; i < counters.size(); ++i) {
+    uses.push_back({counters[i], one_a_run ? static_cast<std::int64_t>(i) : kOwn, true});
+  }
+  for (const Range& range : scalars_) uses.push_back({range, kOwn, false});
+  const std::vector<std::int64_t> meeting = fastsgd::find_meeting(uses);
+  if (!meeting.empty() && meeting.front() == kOwn) return false;
+  std::size_t holder = 0, run = 0;
+  for (const std::int64_t number : meeting) {
+    if (number == kOthers) continue;
+    for (; run < static_cast<std::size_t>(number); ++run) {
+      holder += static_cast<std::size_t>(Traits(runs_[run]).streams());
+    }
+    found.push_back(holders_[holder + kParam].tensor);
+  }
+  return true;
 }
 
 bool Plan::ordered() {

@@ -79,6 +79,11 @@ class Plan {
   // Whether anything that this step uses meets memory that stock is to step. Merges `others`.
   bool meets(std::vector<Range>& others);
 
+  // Finds the parameters whose updates write memory that another's uses, or use memory of `others`,
+  // and adds them to `found`. False if memory meets either that is nobody's: what scalars were read
+  // from, or counters where it is not told whose.
+  bool find_meeting(const std::vector<Range>& others, std::vector<const c10::TensorImpl*>& found);
+
   // Keeps the step's tensors alive until it is over, those still to be added too: for when Python
   // code may run meanwhile.
   void retain();
@@ -146,6 +151,8 @@ class Plan {
   void retain(std::size_t holders, std::size_t owners);
   void retain(c10::TensorImpl* tensor);
   void retain(c10::StorageImpl* storage);
+  template <class Use>
+  void each_range(Use use);
   void collect_ranges();
   bool all_writes_allocated() const;
   // Whether a storage's memory is the allocator's, which gives none to two storages at once.

@@ -15,8 +15,16 @@ inline PyObject* checked(PyObject* object) {
   return object;
 }
 
-// A Tensor or a Parameter, and no subclass: one that could mean something else by its data.
-inline bool exact_tensor(PyObject* object) { return THPVariable_CheckExact(object); }
+// Whether a class is one of parameters that changes nothing of what a tensor does or has, and so
+// means by its data what Parameter means. Runs no Python code.
+bool is_plain_parameter_class(PyTypeObject* type);
+
+// A Tensor or a Parameter, and no subclass that could mean something else by its data.
+inline bool exact_tensor(PyObject* object) {
+  if (THPVariable_CheckExact(object)) [[likely]]
+    return true;
+  return is_plain_parameter_class(Py_TYPE(object));
+}
 
 // A tensor of whatever class, by its type alone: THPVariable_Check may ask the object, in Python.
 inline bool any_tensor(PyObject* object) {

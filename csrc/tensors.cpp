@@ -36,7 +36,7 @@ void check_average(Place place, const Update& update, const c10::TensorImpl& par
               at_place(place), ": its state 'ema' has dtype ",
               c10::typeMetaToScalarType(average.dtype()), " and shape ", average.sizes(),
               ", and must have dtype ", c10::typeMetaToScalarType(wanted), " and shape ",
-              param.sizes(), ". Was the parameter's data swapped, or ema_dtype changed?");
+              param.sizes(), ". Was the parameter's data or its dtype changed?");
 }
 
 // Whether stock, which interpolates from the state to the gradient, finds them of one dtype.

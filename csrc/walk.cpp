@@ -2,6 +2,7 @@
 
 #include <ATen/record_function.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "cuda/emulation.h"
@@ -25,6 +26,14 @@ bool any_global_hook() {
   static DictKey& pre = *new DictKey("_global_optimizer_pre_hooks");
   static DictKey& post = *new DictKey("_global_optimizer_post_hooks");
   return any_in(pre.in(globals_of_hooks)) || any_in(post.in(globals_of_hooks));
+}
+
+bool is_empty(const Routes& routes) {
+  return std::all_of(routes.begin(), routes.end(), [](const auto& route) { return route.empty(); });
+}
+
+bool same_routes(const Routes& a, const Routes& b) {
+  return a == b || (is_empty(a) && is_empty(b));
 }
 
 }  // namespace
@@ -103,7 +112,7 @@ bool Walker::plan_all(PyObject* groups, PyObject* state) {
 
 // Plans a step, or finds who else must take it.
 Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defaults,
-                              PyObject* attributes, const Routes& taken) {
+                              PyObject* attributes, const Routes* taken) {
   if (groups == nullptr || !PyList_CheckExact(groups)) return Way::kStock;
   if (state == nullptr || !is_dict_of_dicts(state)) return Way::kStock;
   if (defaults == nullptr || !PyDict_Check(defaults)) return Way::kStock;
@@ -123,34 +132,29 @@ Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defau
 
   cpu_keys_ = cuda::emulated() ? 0 : plain().keys;
   grads_are_new_ = std::exchange(new_grads_, false);
+  if (taken == nullptr) forget_apart(groups);
   if (!plan_all(groups, state)) return Way::kStock;
-  if (!routes_.empty()) routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
-  // Duplicates and overlaps run in order. But where stock must take a part, or one parameter is to
-  // get its first state twice, or count two steps, or where an option is a tensor (which may lie in
-  // a parameter), only stock knows the order: it takes all. So it does where what it takes shares
-  // memory with what it does not, or may share it.
-  plan_.note_scalars(options_.tensors());
-  if (plan_.ordered() && (!routes_.empty() || states_.creates() || rule_.counts ||
-                          !options_.tensors().empty() || extras_->any)) {
-    return Way::kStock;
+  // Duplicates and overlaps are in order where only stock knows that: it takes the parameters that
+  // share memory, and the kernels the others.
+  if (memory_meets()) {
+    if (hidden_ || taken != nullptr || !set_apart(groups)) return Way::kStock;
+    if (!plan_all(groups, state) || memory_meets()) return Way::kStock;
   }
-  if (states_.creates_twice()) return Way::kStock;
-  if (hidden_ || (!left_.empty() && plan_.meets(left_))) return Way::kStock;
-  works_ = devices_.needed();
+  if (hidden_ || states_.creates_twice()) return Way::kStock;
+  if (!routes_.empty()) routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
   for (cuda::DeviceWork* work : works_) {
-    // A device has no order, and reads the scaler's values where it can reach them.
-    work->plan.note_scalars(options_.tensors());
-    if (work->plan.ordered() || (!left_.empty() && work->plan.meets(left_))) return Way::kStock;
+    // Which reads the scaler's values where it can reach them.
     if (scaling_.there_is_any() && scaling_.device != work->device().tensors()) return Way::kStock;
   }
   if (scaling_.device && !plan_.empty()) return Way::kStock;
   if (extras_->measures() && routes_.empty() && norm_is_apart()) {
     routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
   }
-  return routes_.empty() || routes_ == taken ? Way::kKernels : Way::kParts;
+  const bool all = taken == nullptr ? routes_.empty() : same_routes(routes_, *taken);
+  return all ? Way::kKernels : Way::kParts;
 }
 
-bool Walker::step(PyObject* optimizer, const Routes& taken) {
+bool Walker::step(PyObject* optimizer, const Routes* taken) {
   const Busy guard(busy);
   const Cleanup cleanup{*this};
   PyObject* attributes = attributes_of(optimizer);
@@ -158,18 +162,24 @@ bool Walker::step(PyObject* optimizer, const Routes& taken) {
   const Ref state = Ref::borrow(state_.optional_in(attributes));
   const Ref defaults = Ref::borrow(defaults_.optional_in(attributes));
   extras_ = &extras_reader_.read(attributes);
+  if (extras_->schedule != nullptr) ask_schedule(attributes);
   TORCH_CHECK(!extras_->swapped,
               "step() inside ema_weights(): the parameters hold their averages. Leave the block "
               "before the next step.");
   factor_ = extras_->factor;
-  decay_ = extras_->decay;
+  decay_ = extras_->schedule != nullptr ? findings_.decay : extras_->decay;
   Averaged averaged;
   if (extras_->averages) averaged = extras_reader_.averaged(attributes);
   clears_in_pass_ = extras_->clear == Extras::Clear::kToZero;
   works_.clear();
   const Way way = plan_step(groups.get(), state.get(), defaults.get(), attributes, taken);
   if (way != Way::kParts) routes_.clear();
-  if (way == Way::kStock || way == Way::kParts) return false;
+  const bool leaves = way == Way::kStock || way == Way::kParts;
+  if (taken == nullptr) left_any_ = leaves;
+  if (leaves) {
+    findings_.averages_of = nullptr;  // which Python is to count
+    return false;
+  }
   bool steps = way == Way::kKernels;
   measuring_ = {};
   if (steps && extras_->measures()) steps = measure();
@@ -186,7 +196,6 @@ void Walker::retain() {
 
 // Takes the step that is planned. What may fail, or run Python code, comes first.
 void Walker::take_step(PyObject* attributes, Averaged& averaged) {
-  if (extras_->schedule != nullptr) retain();
   cuda::DeviceWork* there = alone();
   if (extras_->averages) begin_average(averaged, there);
   const Around around = this->around();

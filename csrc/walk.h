@@ -39,9 +39,12 @@ class Walker {
 
   // Steps everything and returns true; or writes nothing and returns false, where stock must take a
   // part: routes() says which, and is empty where that is all. Throws before anything is written.
-  // Where `taken` is just what stock must take, that has been stepped, and the rest is everything.
-  bool step(PyObject* optimizer, const Routes& taken = {});
+  // `taken`, if given: what stock has taken of this very step; then the rest is everything, and is
+  // stepped only if that is just what stock must take.
+  bool step(PyObject* optimizer, const Routes* taken = nullptr);
   const Routes& routes() const { return routes_; }
+  // Whether the last step left any to stock: then the next will.
+  bool left_any() const { return left_any_; }
 
   // How many steps devices have skipped.
   std::int64_t skipped_there() const;
@@ -80,16 +83,27 @@ class Walker {
     Moment moment;
     Update update;
   };
+  // A parameter that shares memory, and where that was.
+  struct Apart {
+    Place place;
+    const c10::TensorImpl* param;
+    const void* memory;
+  };
   struct Cleanup;
 
   // Who is to take a step. Parts may be none: then Python is to find the norm, and ask again.
   enum class Way { kKernels, kStock, kParts, kNone };
 
   Way plan_step(PyObject* groups, PyObject* state, PyObject* defaults, PyObject* attributes,
-                const Routes& taken);
+                const Routes* taken);
   bool plan_all(PyObject* groups, PyObject* state);
   bool plan_groups(PyObject* groups);
   void leave_to_stock(Place place, PyObject* param);
+
+  bool memory_meets();
+  bool set_apart(PyObject* groups);
+  void forget_apart(PyObject* groups);
+  bool is_apart(Place place) const;
 
   void retain();
   void take_step(PyObject* attributes, Averaged& averaged);
@@ -98,9 +112,11 @@ class Walker {
   bool norm_is_apart() const;
   bool measure();
   Around around() const;
+  void ask_schedule(PyObject* attributes);
+  std::int64_t averages_so_far(const Averaged& averaged);
+  std::int64_t averages_before(const Averaged& averaged);
   void begin_average(Averaged& averaged, cuda::DeviceWork* there);
-  template <class Known>
-  void bring_count(Averaged& averaged, cuda::DeviceWork& there, Known known);
+  void bring_count(Averaged& averaged, cuda::DeviceWork& there);
   void end_average(PyObject* attributes, Averaged& averaged, bool counts_there);
   void clear(PyObject* groups, bool stepped);
   // Whether zeros are all that clearing a gradient takes, as may be told by little.
@@ -180,12 +196,17 @@ class Walker {
   Shards shards_;
   std::vector<Shards::Seen> shards_seen_;  // one for each parameter, where any is distributed
   std::vector<Range> left_;                // memory of the parameters that are left to stock
+  std::vector<Apart> apart_;               // parameters left to stock as they share memory
+  int apart_for_ = 0;                      // steps
+  bool apart_once_ = false;                // as only their first step is stock's
   bool hidden_ = false;                    // some of theirs cannot be seen
+  bool left_any_ = false;                  // at the last step
   std::vector<Made> made_;
   Scaling scaling_;
   ExtrasReader extras_reader_;
   const Extras* extras_ = nullptr;  // at this step
   double factor_ = 1, decay_ = 0;   // theirs, once they are known
+  std::int64_t averages_ = 0;       // those before this step, for which a schedule was asked
   bool starts_ = false;             // averages begin with this step
   bool clears_in_pass_ = false;     // the kernels set the gradients to zero
   bool looks_before_clearing_ = false;

@@ -100,48 +100,67 @@ void Walker::clear(PyObject* groups, bool stepped) {
 
 // --- averages -----------------------------------------------------------------------------------
 
-// Finds out how many averages there were, where they are counted, and the decay of this one. A
-// device that steps alone counts by itself: it may skip a step, or repeat one in a graph.
-void Walker::begin_average(Averaged& averaged, cuda::DeviceWork* there) {
-  const auto known = [&] {
-    if (!averaged.there.defined()) return averaged.count;
-    retain();
-    const at::Tensor& there = averaged.there;
-    const bool is_one = there.scalar_type() == at::kLong && there.numel() == 1;
-    cuda::DeviceWork* work = is_one ? devices_.find(*there.unsafeGetTensorImpl()) : nullptr;
-    const WithoutGil guard(true);
-    if (work == nullptr) return there.item<std::int64_t>();
-    // On whatever stream it was counted, which the current one need not wait for.
-    return work->device().read(static_cast<const std::int64_t*>(there.const_data_ptr()));
-  };
-  if (there == nullptr) {
-    averaged.count = known();
-    starts_ = averaged.count == 0;
-  } else {
-    bring_count(averaged, *there, known);
+// Asks for the decay of this step, before anything is planned: it runs Python code, which may do
+// whatever it likes.
+void Walker::ask_schedule(PyObject* attributes) {
+  const Ref schedule = Ref::borrow(extras_->schedule);
+  const Averaged averaged = extras_reader_.averaged(attributes);
+  const c10::TensorImpl* there = averaged.there.unsafeGetTensorImpl();
+  cuda::DeviceWork* work = averaged.there.defined() ? devices_.find(*there) : nullptr;
+  TORCH_CHECK(work == nullptr || !work->device().captures(),
+              "ema_decay is a schedule, and a graph is being captured, in which one decay would be "
+              "repeated. Set ema_decay to a number before.");
+  const bool is_known = work != nullptr && findings_.averages_of == there && !work->captured();
+  averages_ = is_known ? findings_.averages : averages_so_far(averaged);
+  findings_.decay = decay_of(schedule.get(), averages_ + 1);
+  if (is_known) {  // it may have stepped
+    const bool still = findings_.averages_of == there;
+    averages_ = still ? findings_.averages : averages_so_far(averaged);
   }
-  if (extras_->schedule != nullptr) decay_ = decay_of(extras_->schedule, averaged.count + 1);
+  extras_ = &extras_reader_.read(attributes);
 }
 
-template <class Known>
-void Walker::bring_count(Averaged& averaged, cuda::DeviceWork& there, Known known) {
+// Waits for a device that counts them.
+std::int64_t Walker::averages_so_far(const Averaged& averaged) {
+  const at::Tensor& there = averaged.there;
+  if (!there.defined()) return averaged.count;
+  const bool is_one = there.scalar_type() == at::kLong && there.numel() == 1;
+  cuda::DeviceWork* work = is_one ? devices_.find(*there.unsafeGetTensorImpl()) : nullptr;
+  const WithoutGil guard(true);
+  if (work == nullptr) return there.item<std::int64_t>();
+  // On whatever stream it was counted, which the current one need not wait for.
+  return work->device().read(static_cast<const std::int64_t*>(there.const_data_ptr()));
+}
+
+// The same of a step that is planned already.
+std::int64_t Walker::averages_before(const Averaged& averaged) {
+  if (extras_->schedule != nullptr && averaged.there.defined()) return averages_;
+  retain();
+  return averages_so_far(averaged);
+}
+
+// Finds out how many averages there were, and where they are counted. A device that steps alone
+// counts by itself: it may skip a step, or repeat one in a graph.
+void Walker::begin_average(Averaged& averaged, cuda::DeviceWork* there) {
+  if (there != nullptr) return bring_count(averaged, *there);
+  if (averaged.there.defined()) averaged.count = averages_before(averaged);
+  starts_ = averaged.count == 0;
+}
+
+void Walker::bring_count(Averaged& averaged, cuda::DeviceWork& there) {
   const auto options = at::device(there.device().tensors()).dtype(at::kLong);
-  const bool captures = there.device().captures(), has_schedule = extras_->schedule != nullptr;
-  const auto is_there = [&](const at::Tensor& count) {
-    return count.defined() && count.numel() == 1 && count.scalar_type() == at::kLong &&
-           count.device() == options.device();
-  };
-  TORCH_CHECK(!captures || (is_there(averaged.there) && !has_schedule),
-              has_schedule ? "ema_decay is a schedule, and a graph is being captured, in which one "
-                             "decay would be repeated. Set ema_decay to a number before."
-                           : "the averages of ema_decay begin with this step, and a graph is being "
-                             "captured. Take one step before the capture.");
-  if (!is_there(averaged.there)) {
-    averaged.count = known();
+  const at::Tensor& count = averaged.there;
+  const bool is_there = count.defined() && count.numel() == 1 && count.scalar_type() == at::kLong &&
+                        count.device() == options.device();
+  const bool captures = there.device().captures();
+  TORCH_CHECK(!captures || is_there,
+              "the averages of ema_decay begin with this step, and a graph is being captured. Take "
+              "one step before the capture.");
+  if (!is_there) {
+    averaged.count = averages_before(averaged);
     averaged.there = at::full({}, averaged.count, options);
-  } else if (has_schedule) {
-    const bool is_known = findings_.averages_of == averaged.there.unsafeGetTensorImpl();
-    averaged.count = is_known && !there.captured() ? findings_.averages : known();
+  } else if (extras_->schedule != nullptr) {
+    averaged.count = averages_;
   }
   if (captures) {  // the graph counts on, whatever becomes of the optimizer
     static auto& kept = *new std::vector<at::Tensor>;

@@ -255,7 +255,7 @@ template <int kStates, bool kCounts>
   const std::size_t needed = number + static_cast<std::size_t>(PyList_GET_SIZE(params)) + kFar;
   if (paths_.size() < needed) paths_.resize(needed);
   if (LocalShards::are_known() && shards_seen_.size() < needed) shards_seen_.resize(needed);
-  const bool grads_are_new = grads_are_new_;
+  const bool grads_are_new = grads_are_new_, any_apart = !apart_.empty();
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++number) {
     Path* path = &paths_[number];
     fetch<kStates + (kCounts ? 1 : 0)>(path[kFar]);
@@ -266,7 +266,9 @@ template <int kStates, bool kCounts>
     }
     PyObject* param = PyList_GET_ITEM(params, i);
     bool planned;
-    if (exact_tensor(param)) [[likely]] {
+    if (any_apart && is_apart({group.number, i})) [[unlikely]] {
+      planned = false;
+    } else if (exact_tensor(param)) [[likely]] {
       planned = plan_param<PlainTensors, kStates, kCounts>(group, i, param, *path, nullptr);
     } else if (LocalShards::is_distributed(param)) {
       const Py_ssize_t last = plan_shards<kStates, kCounts>(group, i, number) - 1;

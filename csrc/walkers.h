@@ -20,6 +20,7 @@ class Walkers {
   // were skipped. A step may be under way.
   at::Tensor grad_norm() const { return findings_.grad_norm(); }
   std::int64_t skipped_steps() const;
+  double decay() const { return findings_.decay; }
   // The same of a step of which Python took a part.
   void note(const at::Tensor& grad_norm, bool skipped);
 

@@ -60,6 +60,20 @@ class WithAverages(WithExtras):
             own.update(before)  # torch makes new ones, and leaves these as they are
             raise
 
+    def _before_setting(self, name: str, value: Any) -> None:
+        """Have the averages that there are in the dtype that they are to be kept in."""
+        super()._before_setting(name, value)
+        if name != "ema_dtype" or value is self.ema_dtype:
+            return
+        refuse_inside_ema_weights(self, "setting ema_dtype")
+        averages = [
+            (own, own["ema"].to(dtype_of_average(param, value)))
+            for param, own in _states_of_params(self).items()
+            if param.dtype in HALVES and isinstance(own.get("ema"), Tensor)
+        ]
+        for own, average in averages:
+            own["ema"] = average
+
     def _load(self, state_dict: dict[str, Any]) -> None:
         loaded: dict[str, Any] = {}
         # The last of the hooks, and so it sees what is loaded in the end.
@@ -79,7 +93,7 @@ class WithAverages(WithExtras):
                 del own["ema"]
         averages = any("ema" in own for own in states.values())
         if steps or averages or "_ema_steps" in self.__dict__:
-            self.__dict__["_ema_steps"] = max([*steps, 1 if averages else 0])
+            self.__dict__["_ema_steps"] = max(steps, default=1 if averages else 0)
         if averages and self.ema_dtype is not None:
             self._load_wide_averages(loaded)
 
@@ -163,8 +177,12 @@ def _states_of_params(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
 
 
 def add_steps(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Enter the number of averages, if there are any, into the groups of a state dict."""
-    if steps := averages_of(optimizer):
+    """Enter the number of averages, if they are counted, into the groups of a state dict.
+
+    It may be 0 though there are averages: those that a step has begun which a device then skipped.
+    """
+    if "_ema_steps" in optimizer.__dict__:
+        steps = averages_of(optimizer)
         for group in state_dict.get("param_groups", ()):
             group["ema_steps"] = steps
 
@@ -197,8 +215,8 @@ def _checked_steps(value: Any) -> int:
         ) from None
 
 
-def _check(param: Tensor, average: Any) -> None:
-    """Raise where an average is none of a parameter."""
+def _check(param: Tensor, average: Any, dtype: torch.dtype | None = None) -> None:
+    """Raise where an average is none of a parameter, or of another dtype than it is to have."""
     what = f"a parameter of shape {tuple(param.shape)} on {param.device} has a state 'ema'"
     if not isinstance(average, Tensor):
         raise TypeError(
@@ -213,6 +231,10 @@ def _check(param: Tensor, average: Any) -> None:
     if not (average.is_floating_point() or average.is_complex()):
         raise RuntimeError(
             f"{what} of {average.dtype}, which no average has. Is the checkpoint corrupt?"
+        )
+    if dtype not in (None, average.dtype):
+        raise RuntimeError(
+            f"{what} of {average.dtype}, which must have {dtype}. Was the parameter's data or its dtype changed?"
         )
 
 
@@ -291,11 +313,11 @@ class Average:
         """Before the step: check, and one that starts late starts as it is now."""
         for param in params:
             if (average := self.optimizer.state.get(param, {}).get("ema")) is not None:
-                _check(param, average)
+                _check(param, average, dtype_of_average(param, self.wide))
         self.before = {
             param: self._copy(param)
             for param in params
-            if param.grad is not None and "ema" not in self.optimizer.state.get(param, {})
+            if param.grad is not None and self.optimizer.state.get(param, {}).get("ema") is None
         }
 
     @torch.no_grad()
@@ -306,7 +328,7 @@ class Average:
             if param in self.before:
                 state = self.optimizer.state[param]
                 state["ema"] = self.before[param]
-            if "ema" not in state:
+            if state.get("ema") is None:
                 continue
             if self.starts:
                 state["ema"].copy_(param)

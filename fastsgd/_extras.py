@@ -144,6 +144,7 @@ class Extra:
             )
         for group in optimizer.param_groups:
             refuse_parts(changed, group["params"])
+        optimizer._before_setting(self.name, value)
         if value != self.default or extras:
             extras[self.name] = value
             optimizer.__dict__["_extras"] = extras
@@ -253,6 +254,9 @@ class WithExtras(Optimizer):
         super().__init__(*args, **kwargs)
         for name, value in {**early, **extras}.items():
             setattr(self, name, value)
+
+    def _before_setting(self, name: str, value: Any) -> None:
+        """Change what goes with an option that is about to be set, or raise."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does; one that has an option which no group can have is refused."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastsgd import _C, _norm
 from fastsgd._averages import Average, WithAverages, averages_of, note_averages
-from fastsgd._extras import checked_decay
 from fastsgd._stock import (
     Change,
     Routes,
@@ -36,7 +35,7 @@ def step_with_extras(optimizer: WithAverages, step_as_stock: Step, routes: Route
         averaged = averages_of(optimizer)
         decay = optimizer.ema_decay
         if callable(decay):
-            decay = checked_decay(decay(averaged + 1))
+            decay = _C.decay(optimizer)
         average = Average(optimizer, decay or 0.0, not averaged, optimizer.ema_dtype)
 
         def step_part(optimizer: WithAverages) -> None:
@@ -131,6 +130,13 @@ def _treated(
 
     if scale is None and factor == 1 and bound is None:
         return []
-    return [
-        (param, "grad", param.grad, copy(param.grad)) for param in params if param.grad is not None
-    ]
+    changes: list[Change] = []
+    for param in params:
+        grad = param.grad
+        if grad is None:
+            continue
+        if grad.dtype == param.dtype and grad.shape == param.shape:
+            changes.append((param, "grad", grad, copy(grad)))
+        else:  # which could not be given to the parameter again
+            changes.append((grad, "data", grad.data, copy(grad.data)))
+    return changes

@@ -233,7 +233,7 @@ class Averages:
         made = []
         for p in all_params(optimizer):
             wide = dtype if dtype is not None and p.dtype in HALVES else p.dtype
-            made.append(Parameter(p.detach().to(wide, copy=True)))
+            made.append(Parameter(p.detach().as_subclass(Tensor).to(wide, copy=True)))
         self.seen = [False] * len(made)
         self.values = nn.ParameterList(made)
 

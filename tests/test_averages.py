@@ -85,6 +85,32 @@ def test_halves_in_single_precision(row: Row, decay: Any, dtype: torch.dtype) ->
         assert optimizer.state[p]["ema"].dtype == wide
 
 
+@pytest.mark.parametrize("to", [torch.float32, None], ids=str)
+def test_another_dtype_from_now_on(row: Row, to: Any) -> None:
+    """``ema_dtype`` may be set between steps: the averages of halves go on in the other dtype."""
+    was = None if to else torch.float32
+    params = all_dtypes(*SHAPES, dtypes=DTYPES)()
+    strange = torch.randn(5, 7).bfloat16().as_subclass(Own).requires_grad_()
+    optimizer = row.ours([*params, strange], **row.rich, ema_decay=0.9, ema_dtype=was)
+    run(optimizer, None, 2)
+    states = [optimizer.state[p] for p in all_params(optimizer)]
+    before = [own["ema"].clone() for own in states]
+    with optimizer.ema_weights():
+        with pytest.raises(RuntimeError, match=r"setting ema_dtype inside ema_weights\(\)"):
+            optimizer.ema_dtype = to
+    assert optimizer.ema_dtype is was
+    assert_equal([own["ema"] for own in states], before)
+    optimizer.ema_dtype = to
+    averages = Averages(optimizer, 0.9, to)
+    averages.model.n_averaged.fill_(2)
+    for p, own, old, average in zip(
+        all_params(optimizer), states, before, averages.model.parameters(), strict=True
+    ):
+        assert_equal(own["ema"], old.to(to or p.dtype) if p.dtype in HALVES else old)
+        average.data.copy_(own["ema"])
+    run(optimizer, averages, 3)
+
+
 @pytest.mark.parametrize(
     ("threads", "wide"), [(1, None), (2, None), (2, torch.float32)], ids=["1", "2", "2-wide"]
 )
@@ -222,6 +248,50 @@ def copied(optimizer: Any, row: Row, extras: Any) -> Any:
 
 def pickled(optimizer: Any, row: Row, extras: Any) -> Any:
     return pickle.loads(pickle.dumps(optimizer))
+
+
+@pytest.mark.parametrize("strange", [False, True])
+def test_schedule_that_meddles(row: Row, strange: bool) -> None:
+    """It is asked before the step is planned, which then is of what there is; and asked once."""
+    asked: list[int] = []
+    what = "nothing"
+
+    def meddles(number: int) -> float:
+        nonlocal what
+        asked.append(number)
+        act, what = what, "nothing"
+        if act == "steps":
+            optimizer.step()
+        elif act == "moves":
+            for p in all_params(optimizer):
+                p.data = p.data.clone()
+        elif act == "frees":
+            all_params(optimizer)[1].untyped_storage().resize_(0)
+        return 0.5
+
+    params = parameters((33,), (257,), (17, 3))()
+    if strange:
+        params.append(torch.randn(5, 7).as_subclass(Own).requires_grad_())
+    plain = [p.detach().clone().requires_grad_() for p in params]
+    optimizer = row.ours(params, **row.rich, ema_decay=meddles)
+    stepped = row.ours(plain, **row.rich)
+    for act, steps in (("nothing", 1), ("nothing", 1), ("steps", 2), ("moves", 1)):
+        for p, q in zip(params, plain, strict=True):
+            p.grad = q.grad = random_grad(p).as_subclass(torch.Tensor)
+        what, was = act, [p.detach() for p in params]
+        before = copies(was)
+        optimizer.step()
+        for _ in range(steps):
+            stepped.step()
+        assert_equal(copies(params), copies(plain))
+        if act == "moves":
+            assert_equal(was, before)
+    # A walker asks once more where it finds for the first time that torch takes a part.
+    assert asked == ([1, 1, 2, 3, 3, 3, 5] if strange else [1, 2, 3, 3, 5])
+    assert optimizer.state_dict()["param_groups"][0]["ema_steps"] == 5
+    what = "frees"
+    with pytest.raises(RuntimeError, match="storage"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4])

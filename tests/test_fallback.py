@@ -330,10 +330,78 @@ def test_grad_of_a_subclass(row: Row) -> None:
                 assert_equal(mine.as_subclass(torch.Tensor), theirs.as_subclass(torch.Tensor))
 
 
-def test_subclass_of_parameter(row: Row) -> None:
-    """A subclass of Parameter without functions of its own."""
-    twins = Twins(row, lambda: [Quiet(torch.randn(131)), *parameters((70,))()], **row.rich)
-    twins.run(3)
+class Tagged(Quiet):
+    """One that adds what no tensor has, and is made and shown in its own way."""
+
+    loader: Any = None
+
+    def __new__(cls, data: Tensor, tag: str = "") -> Any:
+        """Make one with a tag."""
+        made = super().__new__(cls, data)
+        made.tag = tag
+        return made
+
+    def __repr__(self) -> str:
+        """Show the tag."""
+        return f"Tagged({self.tag!r})"
+
+    def load(self, values: Tensor) -> None:
+        """Take values."""
+        self.data.copy_(values)
+
+
+@pytest.mark.parametrize("kind", [Quiet, Tagged], ids=lambda c: c.__name__)
+def test_subclass_of_parameter(row: Row, kind: type) -> None:
+    """One that changes nothing of what a tensor does is taken by the kernels, while it is so."""
+    mine: Any = type("Mine", (kind,), {})
+    twins = Twins(row, lambda: [mine(torch.randn(131)), *parameters((70,))()], **row.rich)
+    taken: list[Tensor] = []
+    with recorded(taken):
+        twins.run(3)
+        assert not taken
+        calls = []
+        for name in ("add_", "addcdiv_", "__hash__"):  # of all rules' code, and of none
+            was = getattr(Tensor, name)
+
+            def noted(self: Tensor, *args: Any, was: Any = was, **kwargs: Any) -> Any:
+                calls.append(was)
+                return was(self, *args, **kwargs)
+
+            setattr(mine, name, noted)
+            twins.run(1)
+            (strange,) = {*taken}
+            assert type(strange) is mine
+            taken.clear()
+            delattr(mine, name)
+            twins.run(1)
+            assert not taken
+    assert calls
+
+
+def test_functions_of_a_subclass_of_parameter(row: Row) -> None:
+    """Those that stock calls are called."""
+
+    class Loud(Parameter):
+        calls: list[str] = []
+
+    for name in ("add_", "addcdiv_", "mul_", "data"):
+        was: Any = getattr(Tensor, name)
+
+        def noted(self: Tensor, *args: Any, was: Any = was, name: str = name, **more: Any) -> Any:
+            Loud.calls.append(name)
+            return was(self, *args, **more) if callable(was) else was.__get__(self)
+
+        setattr(Loud, name, noted if callable(was) else property(noted))
+    twins = Twins(row, lambda: [Loud(torch.randn(131)), *parameters((70,))()], **row.rich)
+    twins.grads(lambda p: torch.randn(p.shape))
+    calls = []
+    for optimizer in twins.sides:
+        Loud.calls.clear()
+        optimizer.step()
+        calls.append([*Loud.calls])
+    assert calls[0] == calls[1] != []
+    for p, q in twins.pairs():
+        assert_equal(p.detach(), q.detach())
 
 
 def test_wrapper_subclass(row: Row) -> None:
@@ -593,6 +661,83 @@ def test_views_of_one_buffer(row: Row, extras: dict[str, Any]) -> None:
         assert [type(p) for p in taken] == [Logged]
         for p, q in twins.pairs():
             assert_equal(p.detach().as_subclass(torch.Tensor), q.detach().as_subclass(torch.Tensor))
+
+
+def tied(params: list[Tensor]) -> list[int]:
+    params[4].data = params[1].data
+    return [1, 4]
+
+
+def interleaved(params: list[Tensor]) -> list[int]:
+    columns = torch.randn(67, 4)
+    params[0].data, params[5].data = columns[:, :2], columns[:, 2:]
+    return [0, 5]
+
+
+def partly(params: list[Tensor]) -> list[int]:
+    memory = torch.randn(150)
+    for i in (5, 2, 3):
+        params[i].data = memory[20 * i : 20 * i + 67]
+    return [2, 3, 5]
+
+
+def named_twice(params: list[Tensor]) -> list[int]:
+    params.insert(3, params[1])
+    return [1, 3]
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("extras", [{}, {"max_grad_norm": 1e6, "ema_decay": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "share", [tied, interleaved, partly, named_twice], ids=lambda f: f.__name__
+)
+def test_few_of_many_share_memory(row: Row, share: Any, extras: dict[str, Any]) -> None:
+    """They are for stock, which knows their order; the others are not, and none once they part."""
+    if share is named_twice and extras:
+        pytest.skip("which has one average, of the second step: test_averages")
+    sharing: list[int] = []
+
+    def params() -> list[torch.Tensor]:
+        made = [Parameter(torch.randn(67)) for _ in range(6)]
+        sharing[:] = share(made)
+        return made
+
+    def groups() -> list[dict[str, Any]]:
+        made = params()
+        return [{"params": made[:3]}, {"params": made[3:], "lr": 0.03}]
+
+    build = params if share is named_twice else groups
+    twins = Twins(row, build, **{**row.rich, "weight_decay": 0.1})
+    for name, value in extras.items():
+        setattr(twins.ours, name, value)
+    taken: list[Tensor] = []
+
+    def check() -> None:
+        for p, q in twins.pairs():
+            assert_equal(p.detach(), q.detach())
+        if not extras:
+            twins.check()
+
+    with recorded(taken):
+        for step in range(4):
+            taken.clear()
+            twins.grads()
+            twins.step()
+            check()
+            numbers = {
+                i for i, p in enumerate(all_params(twins.ours)) if any(p is q for q in taken)
+            }
+            assert numbers == {*sharing} or (step and not numbers and not extras)
+        if share is named_twice:
+            return
+        for optimizer in twins.sides:
+            for p in all_params(optimizer):
+                p.data = p.data.clone()
+        taken.clear()
+        twins.grads()
+        twins.step()
+        check()
+        assert not taken
 
 
 def test_memory_hidden_in_a_wrapper(row: Row) -> None:
