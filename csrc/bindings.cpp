@@ -151,7 +151,7 @@ py::object grad_norm(py::handle optimizer) {
 std::int64_t skipped_steps(py::handle optimizer) {
   return WalkersOf(optimizer.ptr())->skipped_steps();
 }
-double decay(py::handle optimizer) { return WalkersOf(optimizer.ptr())->decay(); }
+double take_decay(py::handle optimizer) { return WalkersOf(optimizer.ptr())->take_decay(); }
 void note(py::handle optimizer, const at::Tensor& norm, bool skipped) {
   WalkersOf(optimizer.ptr())->note(norm, skipped);
 }
@@ -223,7 +223,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("grad_norm", &fastsgd::grad_norm,
              "The total norm of the gradients at an optimizer's last step; None before.");
   module.def("skipped_steps", &fastsgd::skipped_steps, "How many steps an optimizer has skipped.");
-  module.def("decay", &fastsgd::decay,
+  module.def("take_decay", &fastsgd::take_decay,
              "What an optimizer's schedule of ema_decay said to step_or_route, which asks it.");
   module.def(
       "note", &fastsgd::note,

@@ -33,7 +33,11 @@ class Findings {
   // How many averages a device has counted, if that is known here, and in which tensor.
   std::int64_t averages = 0;
   const c10::TensorImpl* averages_of = nullptr;
-  double decay = 0;  // what a schedule said when it was last asked
+  // What a schedule said when it was last asked; and by whom and for which average, for as long as
+  // the step that asked is not over.
+  double decay = 0;
+  const void* asked = nullptr;
+  std::int64_t asked_for = 0;
 
  private:
   enum class Where : std::uint8_t { kNowhere, kHere, kThere, kTensor };

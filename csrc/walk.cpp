@@ -132,7 +132,7 @@ Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defau
 
   cpu_keys_ = cuda::emulated() ? 0 : plain().keys;
   grads_are_new_ = std::exchange(new_grads_, false);
-  if (taken == nullptr) forget_apart(groups);
+  if (taken == nullptr) apart_.clear();
   if (!plan_all(groups, state)) return Way::kStock;
   // Duplicates and overlaps are in order where only stock knows that: it takes the parameters that
   // share memory, and the kernels the others.
@@ -180,6 +180,7 @@ bool Walker::step(PyObject* optimizer, const Routes* taken) {
     findings_.averages_of = nullptr;  // which Python is to count
     return false;
   }
+  findings_.asked = nullptr;
   bool steps = way == Way::kKernels;
   measuring_ = {};
   if (steps && extras_->measures()) steps = measure();

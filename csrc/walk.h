@@ -83,12 +83,6 @@ class Walker {
     Moment moment;
     Update update;
   };
-  // A parameter that shares memory, and where that was.
-  struct Apart {
-    Place place;
-    const c10::TensorImpl* param;
-    const void* memory;
-  };
   struct Cleanup;
 
   // Who is to take a step. Parts may be none: then Python is to find the norm, and ask again.
@@ -102,7 +96,6 @@ class Walker {
 
   bool memory_meets();
   bool set_apart(PyObject* groups);
-  void forget_apart(PyObject* groups);
   bool is_apart(Place place) const;
 
   void retain();
@@ -196,9 +189,7 @@ class Walker {
   Shards shards_;
   std::vector<Shards::Seen> shards_seen_;  // one for each parameter, where any is distributed
   std::vector<Range> left_;                // memory of the parameters that are left to stock
-  std::vector<Apart> apart_;               // parameters left to stock as they share memory
-  int apart_for_ = 0;                      // steps
-  bool apart_once_ = false;                // as only their first step is stock's
+  std::vector<Place> apart_;               // parameters left to stock as they share memory
   bool hidden_ = false;                    // some of theirs cannot be seen
   bool left_any_ = false;                  // at the last step
   std::vector<Made> made_;

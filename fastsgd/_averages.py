@@ -217,25 +217,30 @@ def _checked_steps(value: Any) -> int:
 
 def _check(param: Tensor, average: Any, dtype: torch.dtype | None = None) -> None:
     """Raise where an average is none of a parameter, or of another dtype than it is to have."""
-    what = f"a parameter of shape {tuple(param.shape)} on {param.device} has a state 'ema'"
+    wrong = _what_is_wrong(param, average, dtype)
+    if wrong is not None:
+        kind, text = wrong
+        shape = tuple(param.shape)
+        raise kind(f"a parameter of shape {shape} on {param.device} has a state 'ema' {text}")
+
+
+def _what_is_wrong(
+    param: Tensor, average: Any, dtype: torch.dtype | None
+) -> tuple[type[Exception], str] | None:
     if not isinstance(average, Tensor):
-        raise TypeError(
-            f"{what} that must be a Tensor, not {type(average).__name__}. Is the checkpoint "
-            "corrupt?"
-        )
+        text = f"that must be a Tensor, not {type(average).__name__}. Is the checkpoint corrupt?"
+        return TypeError, text
     if param.shape != average.shape or param.device != average.device:
-        raise RuntimeError(
-            f"{what} of shape {tuple(average.shape)} on {average.device}. Was the parameter's "
-            "data swapped?"
-        )
-    if not (average.is_floating_point() or average.is_complex()):
-        raise RuntimeError(
-            f"{what} of {average.dtype}, which no average has. Is the checkpoint corrupt?"
-        )
+        where = f"of shape {tuple(average.shape)} on {average.device}"
+        return RuntimeError, f"{where}. Was the parameter's data swapped?"
+    is_number = average.is_floating_point() or average.is_complex()
+    if not is_number:
+        text = f"of {average.dtype}, which no average has. Is the checkpoint corrupt?"
+        return RuntimeError, text
     if dtype not in (None, average.dtype):
-        raise RuntimeError(
-            f"{what} of {average.dtype}, which must have {dtype}. Was the parameter's data or its dtype changed?"
-        )
+        text = f"of {average.dtype}, which must have {dtype}."
+        return RuntimeError, f"{text} Was the parameter's data or its dtype changed?"
+    return None
 
 
 class _Exchange:

@@ -123,7 +123,7 @@ class Extra:
             return self
         return unwrapped(optimizer).__dict__.get("_extras", {}).get(self.name, self.default)
 
-    def __set__(self, optimizer: Optimizer, value: Any) -> None:
+    def __set__(self, optimizer: Any, value: Any) -> None:
         """Set it, if it is valid together with the others."""
         value = self.check(self.name, value)
         optimizer = unwrapped(optimizer)

@@ -579,6 +579,42 @@ def test_fallback_with_a_scaler(row: Row) -> None:
                 assert_equal(p.detach(), q.detach())
 
 
+def in_inference_mode(values: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return values.clone()
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [(lambda g: g[:1].expand(g.shape), "expanded"), (in_inference_mode, "inference tensor")],
+    ids=["expanded", "inference"],
+)
+@pytest.mark.parametrize("share", [False, True])
+def test_grads_that_cannot_be_unscaled(
+    row: Row, bad: Any, says: str, share: bool, steps: int
+) -> None:
+    """The step of a fused optimizer divides all of them by the scale, or none."""
+    params = [Parameter(torch.randn(9)), *parameters((70,), (9,))()]
+    kinds: list[Any] = [p if share else p.detach().as_subclass(Logged) for p in params]
+    params = [kind.requires_grad_() for kind in kinds]
+    if share:
+        params[2].data = params[0].data
+    optimizer = row.ours(params, **row.rich, **row.fused)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape)
+        optimizer.step()
+    for p in params:
+        p.grad = torch.randn(p.shape)
+    params[2].grad = bad(params[2].grad)
+    before = Snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=says):
+        optimizer.step()
+    before.assert_unchanged()
+
+
 def test_copies_of_strange_optimizers(row: Row) -> None:
     """Deepcopy of a mixed optimizer."""
     twins = Twins(row, lambda: [strange("complex")(), *parameters((70,))()], **row.rich)

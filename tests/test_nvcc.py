@@ -107,6 +107,8 @@ def test_main_loops(architecture: str, folder: Path) -> None:
             continue
         for loop in wide:
             assert any("STG.E.128" in line for line in loop), name
+            generic = [line for line in loop if re.search(r"\b(LD|ST)\.E\b", line)]
+            assert not generic, (name, generic[:3])  # which first ask what memory it is
             doubles = [line for line in loop if re.search(r"\b(DADD|DMUL|DFMA|F2F\.F64)\b", line)]
             is_double = re.search(r"(ELi\d|ing)Ed", name) is not None
             assert is_double or not doubles, (name, doubles[:3])

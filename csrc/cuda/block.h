@@ -115,15 +115,17 @@ FASTSGD_LANE void all_threads(F f) {
 // Whether every other block of a launch has asked this before. To be asked once a block.
 FASTSGD_LANE bool is_last(unsigned& ticket, int blocks) {
 #if defined(__CUDA_ARCH__)
-  __threadfence();
+  __threadfence();  // what was read or written before this is, for whoever comes last
   const unsigned before = atomicAdd(&ticket, 1);
-  __threadfence();
 #else
   const unsigned before = ticket++;
 #endif
-  const bool last = before == static_cast<unsigned>(blocks) - 1;
-  if (last) ticket = 0;
-  return last;
+  if (before != static_cast<unsigned>(blocks) - 1) return false;
+#if defined(__CUDA_ARCH__)
+  __threadfence();
+#endif
+  ticket = 0;
+  return true;
 }
 
 // Whether a gradient scaler has found an infinity or a NaN, or whoever measured has: then the step

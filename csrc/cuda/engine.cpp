@@ -144,9 +144,8 @@ void Engine::bring(Batch& batch, const Work& work) {
     return work.hypers.size() <= A::kHypers && batch.grads.size() <= A::kGrads;
   };
   const Around& around = work.around;
-  const bool more =
-      (around.before() && !around.keeps_unscaled) || around.after() || work.measuring.clips;
-  batch.what.around = batch.what.kernel != kZero && (more || !is_step(batch.what.kernel));
+  const bool any = around.before() || around.after() || work.measuring.clips;
+  batch.what.around = batch.what.kernel != kZero && (any || !is_step(batch.what.kernel));
   batch.what.few = !batch.what.laid_out && !batch.what.around && fits(FewArguments{});
   if (work.hypers.size() > ManyArguments::kHypers)
     tables.hypers = hypers_.bring(*device_, work.hypers);

@@ -26,7 +26,8 @@ void step(const Launch& what, const Tables& tables, const Hypers* hypers, char* 
   if (skip && !(kAround && tables.around.clears)) return;
   for (int b = 0; b < what.blocks; ++b) {
     Block<R, kStructure, T, kAround> block{};
-    block.prepare(tables, hypers, grads, b, what.laid_out);
+    block.find(tables, grads, b, what.laid_out);
+    block.compute(tables, hypers, b);
     all_threads([&](int thread) {
       skip            ? block.clear(thread, what.laid_out)
       : what.laid_out ? block.run_laid_out(thread)

@@ -8,6 +8,8 @@ namespace {
 
 // So many blocks share a processor at least: without a number nvcc spills to fit more.
 constexpr int kBlocks = 2;
+// Threads that do one thing at a time.
+constexpr int kWarp = 32;
 
 __device__ int thread_here() { return static_cast<int>(threadIdx.x); }
 __device__ int blocks_here() { return static_cast<int>(gridDim.x); }
@@ -46,8 +48,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks) step(const __grid_constant_
   if (skip && !(kAround && tables.around.clears)) return;
   const int thread = thread_here();
   if (thread == 0) {
-    block.prepare(tables, arguments.hypers, arguments.grads, blockIdx.x, kLaidOut);
+    block.compute(tables, arguments.hypers, blockIdx.x);
     counts = !skip && is_to_count(tables);
+  } else if (thread == kWarp) {  // beside it
+    block.find(tables, arguments.grads, blockIdx.x, kLaidOut);
   }
   __syncthreads();
   if constexpr (kAround) {

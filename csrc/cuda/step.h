@@ -6,8 +6,8 @@
 
 namespace fastsgd::cuda {
 
-// What the threads of a block share. All of it is computed once a block, by one thread. `kAround`
-// if it may be told to do anything around the rule but to unscale.
+// What the threads of a block share. All of it is computed once a block: one thread finds out where
+// the elements lie, another the scalars meanwhile. `kAround` if anything is done around the rule.
 template <class R, int kStructure, class T, bool kAround>
 struct Block {
   using Scalar = typename Compute<T>::Scalar;
@@ -26,15 +26,26 @@ struct Block {
   int head;       // elements before the first that is aligned in every stream
   Corner corner;  // where the streams do not lie flat
 
-  // `hypers_here` and `grads_here` are those of the arguments, where the tables have none.
-  FASTSGD_LANE void prepare(const Tables& tables, const Hypers* hypers_here,
-                            char* const* grads_here, std::int64_t block, bool laid_out) {
+  // `grads_here` are those of the arguments, where the tables have none.
+  FASTSGD_LANE void find(const Tables& tables, char* const* grads_here, std::int64_t block,
+                         bool laid_out) {
     const Chunk& chunk = tables.chunks[block];
     const Item& item = tables.items[chunk.item];
+    char* grad = grad_of(tables, grads_here, chunk);
+    count = chunk.count;
+    const std::int64_t offset = corner.find(tables, chunk, laid_out);
+    for (int s = 0; s < kStreams; ++s) {
+      stream[s] = reinterpret_cast<T*>(s == kGrad ? grad : item.stream[s]) + offset;
+    }
+    average = item.stream[kStreams] + offset * average_size(tables.around);
+    head = elements_before_alignment(tables.around);
+  }
+
+  // Likewise `hypers_here`.
+  FASTSGD_LANE void compute(const Tables& tables, const Hypers* hypers_here, std::int64_t block) {
+    const Item& item = tables.items[tables.chunks[block].item];
     // A copy: all of it is on its way before any of it is looked at.
     const Hypers hypers = (tables.hypers == nullptr ? hypers_here : tables.hypers)[item.hypers];
-    char* grad = grad_of(tables, grads_here, chunk);
-
     Number numbers[sizeof(R::kHypers) / sizeof(Hyper)];
     for (int i = 0; i < static_cast<int>(sizeof(numbers) / sizeof(Number)); ++i) {
       numbers[i] = read(hypers, i);
@@ -48,42 +59,33 @@ struct Block {
     around = around_of(tables);
     lanes = lanes_of<Scalar>(around);
     maximize = hypers.maximize;
-
-    count = chunk.count;
-    const std::int64_t offset = corner.find(tables, chunk, laid_out);
-    for (int s = 0; s < kStreams; ++s) {
-      stream[s] = reinterpret_cast<T*>(s == kGrad ? grad : item.stream[s]) + offset;
-    }
-    average = item.stream[kStreams] + offset * average_size();
-    head = elements_before_alignment();
   }
 
-  FASTSGD_LANE bool averages() const { return kAround && around.averages; }
-  FASTSGD_LANE bool wide() const { return kHalf && around.wide; }
-  FASTSGD_LANE int average_size() const {
-    return static_cast<int>(wide() ? sizeof(float) : sizeof(T));
+  static FASTSGD_LANE bool averages(const Around& around) { return kAround && around.averages; }
+  static FASTSGD_LANE bool wide(const Around& around) { return kHalf && around.wide; }
+  static FASTSGD_LANE int average_size(const Around& around) {
+    return static_cast<int>(wide(around) ? sizeof(float) : sizeof(T));
   }
-  FASTSGD_LANE bool keeps_unscaled() const {
-    return kAround ? around.keeps_unscaled : around.unscales;
-  }
-  FASTSGD_LANE bool writes_grad() const { return kAround ? around.writes_grad() : around.unscales; }
+  FASTSGD_LANE bool writes_grad() const { return kAround && around.writes_grad(); }
 
   // All of them where the streams are aligned differently.
-  FASTSGD_LANE int elements_before_alignment() const {
+  FASTSGD_LANE int elements_before_alignment(const Around& around) const {
     const int first = over_alignment(stream[0]);
     const int needed = before_alignment(stream[0]);
     bool together = first % static_cast<int>(sizeof(T)) == 0;
     for (int s = 1; s < kStreams; ++s) together &= over_alignment(stream[s]) == first;
-    if (averages()) together &= over_alignment(average + needed * average_size()) == 0;
+    if (averages(around)) together &= over_alignment(average + needed * average_size(around)) == 0;
     return together && needed < count ? needed : count;
   }
 
   // One element of each stream, in registers; as in the CPU's kernels.
   FASTSGD_LANE void update(Scalar& p, T& grad, Scalar* state) const {
     Scalar g = to_scalar(grad);
-    if (around.unscales) g = g / lanes.grad_scale;
-    if (keeps_unscaled()) to_storage(g, grad);
-    if constexpr (kAround) g = lanes.clip(around, g);
+    if constexpr (kAround) {
+      if (around.unscales) g = g / lanes.grad_scale;
+      if (around.keeps_unscaled) to_storage(g, grad);
+      g = lanes.clip(around, g);
+    }
     if (maximize) g = -g;
     R::template update<kStructure>(scalars, p, g, state);
   }
@@ -129,8 +131,10 @@ struct Block {
     Pack<T> narrow;
     Pack<float> wide[kHalf ? 2 : 1];
   };
+  // What is assumed of a pointer holds where it is assumed: not beyond an if.
   FASTSGD_LANE void load(Averages& averages, int i) const {
-    if (wide()) {
+    FASTSGD_ASSUME_GLOBAL(average);
+    if (wide(around)) {
       const auto* from = &pack_at<const Pack<float>>(average + i * sizeof(float));
       for (int half = 0; half < (kHalf ? 2 : 1); ++half) averages.wide[half] = from[half];
     } else {
@@ -138,7 +142,8 @@ struct Block {
     }
   }
   FASTSGD_LANE void move_and_store(Averages& averages, const Pack<T>& param, int i) const {
-    if (wide()) {
+    FASTSGD_ASSUME_GLOBAL(average);
+    if (wide(around)) {
       auto* to = &pack_at<Pack<float>>(average + i * sizeof(float));
       for (int k = 0; kHalf && k < kPack; ++k)
         move(averages.wide[k / 4].item[k % 4], param.item[k]);
@@ -153,7 +158,7 @@ struct Block {
     Pack<T> pack[kStreams];
     Averages of_pack;
     for (int s = 0; s < kStreams; ++s) pack[s] = pack_at<const Pack<T>>(stream[s] + i);
-    if (averages()) load(of_pack, i);
+    if (averages(around)) load(of_pack, i);
     for (int k = 0; k < kPack; ++k) {
       Scalar p = to_scalar(pack[kParam].item[k]), state[kStates + 1];
       for (int j = 0; j < kStates; ++j) state[j] = to_scalar(pack[kState + j].item[k]);
@@ -167,15 +172,12 @@ struct Block {
     for (int s = 0; s < kStreams; ++s) {
       if (s != kGrad || writes_grad()) pack_at<Pack<T>>(stream[s] + i) = pack[s];
     }
-    if (averages()) move_and_store(of_pack, pack[kParam], i);
+    if (averages(around)) move_and_store(of_pack, pack[kParam], i);
   }
 
   // A thread's share of a chunk whose streams lie flat.
   FASTSGD_LANE void run_flat(int thread) const {
     for (int s = 0; s < kStreams; ++s) FASTSGD_ASSUME_GLOBAL(stream[s]);
-    if (averages()) {
-      FASTSGD_ASSUME_GLOBAL(average);
-    }
     share<kPack>(thread, count, head, [&](int i) { step_pack(i); }, [&](int i) { step_one(i); });
   }
 
