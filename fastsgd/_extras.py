@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypedDict, TypeVar
 
 import torch
 from torch.optim.optimizer import Optimizer
@@ -174,6 +174,19 @@ def names_asked(extras: Values, names: tuple[str, ...]) -> list[str]:
     """Return those of some options that are neither unset nor off, which 0 is not."""
     values = [(name, extras.get(name)) for name in names]
     return [name for name, value in values if value is not None and value is not False]
+
+
+class OnePass(TypedDict, total=False):
+    """The options as type checkers see them; what they mean is said in ``DOC``."""
+
+    max_grad_norm: float | None
+    norm_type: float
+    error_if_nonfinite: bool
+    clip_grad_value: float | None
+    skip_nonfinite: bool
+    ema_decay: float | Callable[[int], float] | None
+    ema_dtype: torch.dtype | None
+    clear_grads: bool | Literal["zero"]
 
 
 # What the docstring of every optimizer ends with.

@@ -1,8 +1,19 @@
 """Adagrad."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 
 from fastsgd._optimizer import FusedStep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
+
+    from fastsgd._extras import OnePass
 
 
 class Adagrad(FusedStep, torch.optim.Adagrad):
@@ -61,3 +72,22 @@ class Adagrad(FusedStep, torch.optim.Adagrad):
     """
 
     _rule = "adagrad"
+
+    if TYPE_CHECKING:  # for editors and type checkers; the constructor is torch's
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = 1e-2,
+            lr_decay: float = 0,
+            weight_decay: float = 0,
+            initial_accumulator_value: float = 0,
+            eps: float = 1e-10,
+            foreach: bool | None = None,
+            *,
+            maximize: bool = False,
+            differentiable: bool = False,
+            fused: bool | None = None,
+            **one_pass: Unpack[OnePass],
+        ) -> None:
+            """Take torch's arguments, and the options of one pass."""

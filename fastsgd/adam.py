@@ -1,8 +1,19 @@
 """Adam, and AdamW, which decays weights apart from the gradient."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 
 from fastsgd._optimizer import FusedStep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
+
+    from fastsgd._extras import OnePass
 
 
 class Adam(FusedStep, torch.optim.Adam):
@@ -70,6 +81,27 @@ class Adam(FusedStep, torch.optim.Adam):
 
     _rule = "adam"
 
+    if TYPE_CHECKING:  # for editors and type checkers; the constructor is torch's
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = 1e-3,
+            betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+            eps: float = 1e-8,
+            weight_decay: float = 0,
+            amsgrad: bool = False,
+            *,
+            foreach: bool | None = None,
+            maximize: bool = False,
+            capturable: bool = False,
+            differentiable: bool = False,
+            fused: bool | None = None,
+            decoupled_weight_decay: bool = False,
+            **one_pass: Unpack[OnePass],
+        ) -> None:
+            """Take torch's arguments, and the options of one pass."""
+
 
 class AdamW(Adam, torch.optim.AdamW):
     r"""Adam with decoupled weight decay: :class:`torch.optim.AdamW`, faster.
@@ -105,3 +137,23 @@ class AdamW(Adam, torch.optim.AdamW):
     """
 
     _rule = "adam"
+
+    if TYPE_CHECKING:  # for editors and type checkers; the constructor is torch's
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = 1e-3,
+            betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+            eps: float = 1e-8,
+            weight_decay: float = 1e-2,
+            amsgrad: bool = False,
+            *,
+            maximize: bool = False,
+            foreach: bool | None = None,
+            capturable: bool = False,
+            differentiable: bool = False,
+            fused: bool | None = None,
+            **one_pass: Unpack[OnePass],
+        ) -> None:
+            """Take torch's arguments, and the options of one pass."""

@@ -1,8 +1,19 @@
 """RMSprop, plain or centered, with momentum or without."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 
 from fastsgd._optimizer import FusedStep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
+
+    from fastsgd._extras import OnePass
 
 
 class RMSprop(FusedStep, torch.optim.RMSprop):
@@ -66,3 +77,22 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
     """
 
     _rule = "rmsprop"
+
+    if TYPE_CHECKING:  # for editors and type checkers; the constructor is torch's
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = 1e-2,
+            alpha: float = 0.99,
+            eps: float = 1e-8,
+            weight_decay: float = 0,
+            momentum: float = 0,
+            centered: bool = False,
+            capturable: bool = False,
+            foreach: bool | None = None,
+            maximize: bool = False,
+            differentiable: bool = False,
+            **one_pass: Unpack[OnePass],
+        ) -> None:
+            """Take torch's arguments, and the options of one pass."""

@@ -1,8 +1,19 @@
 """Stochastic gradient descent, with momentum."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 
 from fastsgd._optimizer import FusedStep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
+
+    from fastsgd._extras import OnePass
 
 
 class SGD(FusedStep, torch.optim.SGD):
@@ -58,3 +69,22 @@ class SGD(FusedStep, torch.optim.SGD):
     """
 
     _rule = "sgd"
+
+    if TYPE_CHECKING:  # for editors and type checkers; the constructor is torch's
+
+        def __init__(
+            self,
+            params: ParamsT,
+            lr: float | Tensor = 1e-3,
+            momentum: float = 0,
+            dampening: float = 0,
+            weight_decay: float | Tensor = 0,
+            nesterov: bool = False,
+            *,
+            maximize: bool = False,
+            foreach: bool | None = None,
+            differentiable: bool = False,
+            fused: bool | None = None,
+            **one_pass: Unpack[OnePass],
+        ) -> None:
+            """Take torch's arguments, and the options of one pass."""

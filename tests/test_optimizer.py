@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import inspect
 import warnings
@@ -17,6 +18,7 @@ from twins import ORDINARY, Twins, stepped
 
 import fastsgd
 from fastsgd import _C
+from fastsgd._extras import EXTRAS, OnePass
 
 # The class.
 
@@ -36,6 +38,29 @@ def test_is_a_subclass_of_stock(row: Row) -> None:
         assert ours == list(inspect.signature(getattr(row.stock, method)).parameters)
     assert row.ours.__doc__
     assert row.ours.__module__.split(".")[0] == "fastsgd"
+
+
+def test_signature_for_type_checkers(row: Row) -> None:
+    """What a type checker sees of the constructor is what it takes."""
+    source = inspect.getsource(inspect.getmodule(row.ours))  # type: ignore[arg-type]
+    (written,) = (
+        part
+        for cls in ast.parse(source).body
+        if isinstance(cls, ast.ClassDef) and cls.name == row.name
+        for part in ast.walk(cls)
+        if isinstance(part, ast.FunctionDef) and part.name == "__init__"
+    )
+    made: dict[str, Any] = {}
+    text = "from __future__ import annotations\n" + ast.unparse(written)
+    exec(compile(text, row.name, "exec"), made)  # noqa: S102
+    *mine, one_pass = inspect.signature(made["__init__"]).parameters.values()
+    theirs = inspect.signature(row.stock.__init__).parameters.values()
+    assert [(p.name, p.kind, p.default) for p in mine] == [
+        (p.name, p.kind, p.default) for p in theirs
+    ]
+    assert one_pass.kind is inspect.Parameter.VAR_KEYWORD
+    assert one_pass.annotation == "Unpack[OnePass]"
+    assert [*OnePass.__annotations__] == [*EXTRAS]
 
 
 def test_package_names() -> None:
