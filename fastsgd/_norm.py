@@ -115,10 +115,37 @@ def _reduce(values: Tensor, how: Any, mesh: Any, dims: tuple[int, ...]) -> None:
         torch.distributed.all_reduce(values, how, group=mesh.get_group(dim))
 
 
-def norm_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """Return the dtype of a norm: float64 where any tensor is, else float32, for halves too."""
-    doubles = (torch.float64, torch.complex128)
-    return torch.float64 if any(t.dtype in doubles for t in tensors) else torch.float32
+class Found:
+    """The norm of the gradients of parameters, of those that kernels can take found already.
+
+    Attributes:
+        value: That norm, and ``count``, of how many.
+        left: Numbers of the parameters whose gradients are still to be looked at, or are None;
+            ``others`` are the gradients.
+        dtype: What the norm of all has: float64 where any gradient is, else float32, for halves
+            too.
+    """
+
+    def __init__(self, params: list[Tensor], norm_type: float) -> None:
+        """Look at the gradients."""
+        self.params = params
+        self.norm_type = norm_type
+        found = _C.norm_of(params, True, math.isinf(norm_type))
+        self.value, self.count, any_double, self.left = found
+        self.others = [grad for i in self.left if (grad := params[i].grad) is not None]
+        doubles = (torch.float64, torch.complex128)
+        any_double = any_double or any(grad.dtype in doubles for grad in self.others)
+        self.dtype = torch.float64 if any_double else torch.float32
+
+    def norm(self) -> Tensor:
+        """Return the norm of all in float64, on the first one's device."""
+        if not self.others:
+            return torch.tensor(self.value, dtype=torch.float64)
+        parts = [total_norm(self.others, self.norm_type)]
+        if self.count:
+            parts.insert(0, torch.tensor(self.value, dtype=torch.float64))
+        first = next(param.grad for param in self.params if param.grad is not None)
+        return _joined([part.to(_device_of(first)) for part in parts], self.norm_type)
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
@@ -189,17 +216,18 @@ def clip_grad_norm_(
                 stacklevel=2,
             )
     infinity = math.isinf(norm_type)
-    value, count, any_double, left = _C.norm_of(params, True, infinity)
-    others = [grad for i in left if (grad := params[i].grad) is not None]
+    found = Found(params, norm_type)
+    others = found.others
     if not others:
-        norm = torch.scalar_tensor(value, dtype=torch.float64 if any_double else torch.float32)
+        value = found.value
+        norm = torch.scalar_tensor(value, dtype=found.dtype)
         if error_if_nonfinite:
             raise_if_nonfinite(norm, norm_type)
-        clipped_by = _C.clip_factor(value, any_double, max_norm)
+        clipped_by = _C.clip_factor(value, found.dtype == torch.float64, max_norm)
         if clipped_by != 1:
-            _scale(params, left, clipped_by)
+            _scale(params, found.left, clipped_by)
         return norm
-    if not count:
+    if not found.count:
         there = _C.clip_there(params, max_norm, infinity, error_if_nonfinite)
         if there is not None:
             if error_if_nonfinite:  # then nothing was written
@@ -208,13 +236,12 @@ def clip_grad_norm_(
     if any(grad.layout != torch.strided for grad in others):  # which torch refuses
         return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
     with torch.no_grad():
-        grads = [param.grad for param in params if param.grad is not None]
-        norm = total_norm(grads, norm_type).to(norm_dtype(grads))
+        norm = found.norm().to(found.dtype)
         if error_if_nonfinite:
             raise_if_nonfinite(norm, norm_type)
         factor = clip_factor(norm, max_norm)
-        if count:
-            _scale(params, left, factor.item())
+        if found.count:
+            _scale(params, found.left, factor.item())
         for grad in others:
             # A part of a distributed one, whatever it is of, is multiplied as the whole is.
             part = grad.to_local() if hasattr(grad, "to_local") else grad
@@ -225,7 +252,7 @@ def clip_grad_norm_(
 @torch.no_grad()
 def _scale(params: list[Tensor], but: list[int], factor: float) -> None:
     """Multiply gradients by a factor, but those of some numbers."""
-    for i in _C.scale(params, True, factor):
+    for i in set(_C.scale(params, True, factor)).difference(but):
         grad = params[i].grad
-        if grad is not None and i not in but:
+        if grad is not None:
             grad.mul_(factor)

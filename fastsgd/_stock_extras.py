@@ -25,7 +25,7 @@ def step_with_extras(optimizer: WithAverages, step_as_stock: Step, routes: Route
     """Step in parts, with what the kernels would do around it done here for torch's part."""
     extras = optimizer.__dict__["_extras"]
     if optimizer.clear_grads == "zero":
-        _refuse_what_cannot_be_zeroed(optimizer)
+        _refuse_what_cannot_be_zeroed(optimizer, routes)
     found_inf = getattr(optimizer, "found_inf", None)
     taken = found_inf is None or not found_inf.item()
     if taken:
@@ -60,9 +60,14 @@ def step_with_extras(optimizer: WithAverages, step_as_stock: Step, routes: Route
             note_averages(optimizer, averaged + 1)
 
 
-def _refuse_what_cannot_be_zeroed(optimizer: WithAverages) -> None:
-    """Raise before the step where zeroing the gradients after it would."""
-    for param in params_of(optimizer):
+def _refuse_what_cannot_be_zeroed(optimizer: WithAverages, routes: Routes) -> None:
+    """Raise before the step where zeroing the gradients after it would.
+
+    Those that the kernels are to take they have looked at.
+    """
+    groups = optimizer.param_groups
+    parts = [group["params"][i] for group, part in zip(groups, routes, strict=False) for i in part]
+    for param in parts if routes else params_of(optimizer):
         grad = param.grad
         if grad is None:
             continue
@@ -83,16 +88,18 @@ def _factor(optimizer: WithAverages, scale: Tensor | None) -> float | None:
     max_norm = optimizer.max_grad_norm
     if max_norm is None and not optimizer.skip_nonfinite and not optimizer.error_if_nonfinite:
         return 1.0
-    grads = [param.grad for param in params_of(optimizer) if param.grad is not None]
+    params = params_of(optimizer)
+    found = _norm.Found(params, optimizer.norm_type)
     with torch.no_grad():
-        norm = _norm.total_norm(grads, optimizer.norm_type)
+        norm = found.norm()
         if scale is not None:
             norm = norm / scale.to(norm.device)
         finite = bool(norm.isfinite())
-        alone = not any(hasattr(grad, "device_mesh") for grad in grads)  # or others are to ask, too
+        # Or others are to ask, too.
+        alone = not any(hasattr(grad, "device_mesh") for grad in found.others)
         if not finite and optimizer.skip_nonfinite and alone:  # squares may be beyond float64
-            finite = bool(_norm.total_norm(grads, math.inf).isfinite())
-        norm = norm.to(_norm.norm_dtype(grads))
+            finite = bool(_norm.Found(params, math.inf).norm().isfinite())
+        norm = norm.to(found.dtype)
         _C.note(optimizer, norm, optimizer.skip_nonfinite and not finite)
         if optimizer.error_if_nonfinite:
             _norm.raise_if_nonfinite(norm, optimizer.norm_type)
