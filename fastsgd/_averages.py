@@ -155,6 +155,7 @@ class WithAverages(WithExtras):
             except BaseException:  # an interrupt
                 leave()
                 raise
+            exchange.check_all_back()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return torch's, with what is asked for besides torch's step."""
@@ -257,6 +258,8 @@ class _Exchange:
         self.held: dict[int, tuple[Tensor, Tensor | None]] = {}
         # The pairs that are exchanged back, and what those held that the kernels left then.
         self.exchanged: list[tuple[Tensor, Tensor]] = []
+        # Those that can no longer be: the parameter has other data than it had.
+        self.spoilt: list[tuple[Tensor, Tensor]] = []
         self.back: dict[int, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
@@ -277,12 +280,17 @@ class _Exchange:
         # What was exchanged last comes first, as parameters may share memory.
         while self.held:
             i, held = next(reversed(self.held.items()))
+            wrong = _what_is_wrong(*self.pairs[i], None)
+            if wrong:
+                self.spoilt.append(self.pairs[i])
             for tensor, value in zip(self.pairs[i], held, strict=True):
-                if value is not None:
+                if value is not None and not wrong:
                     _local(tensor).copy_(value)
             del self.held[i]
         if len(self.left) == 1:
-            self.exchanged = [p for i, p in enumerate(self.pairs) if i not in self.left[0]][::-1]
+            pairs = [p for i, p in enumerate(self.pairs) if i not in self.left[0]][::-1]
+            self.exchanged = [pair for pair in pairs if not _what_is_wrong(*pair, None)]
+            self.spoilt += [pair for pair in pairs if _what_is_wrong(*pair, None)]
             self._in_kernels(self.exchanged)
         while len(self.left) == 2 and self.left[1]:
             i = self.left[1][0]  # by torch's operators, as a mode is on that was not
@@ -292,6 +300,11 @@ class _Exchange:
             average.copy_(self.back[i][0])
             param.copy_(self.back[i][1])
             del self.left[1][0]
+
+    def check_all_back(self) -> None:
+        """Raise where a parameter could not be given its own values back."""
+        for pair in self.spoilt:
+            _check(*pair)
 
     def _in_kernels(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         params, averages = ([_local(pair[side]) for pair in pairs] for side in (0, 1))

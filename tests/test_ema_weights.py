@@ -137,6 +137,28 @@ def test_parameters_that_share_memory(row: Row, dtype: torch.dtype) -> None:
         assert_equal(all_of(optimizer), before)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+def test_other_data_inside(row: Row, dtype: Any) -> None:
+    """A parameter that was given another shape is not exchanged back; all others are."""
+    params = all_dtypes((5,), (3, 7), dtypes=(torch.float32, torch.bfloat16))()
+    optimizer = row.ours(params, **row.rich, ema_decay=0.5, ema_dtype=dtype)
+    run(optimizer, None, 2)
+    before = copies(params)
+    for spoilt in range(len(params)):
+        own = params[spoilt].data
+        with pytest.raises(RuntimeError, match=r"Was the parameter's data swapped\?"):
+            with optimizer.ema_weights():
+                params[spoilt].data = torch.ones(2, dtype=own.dtype)
+        params[spoilt].data = torch.zeros_like(own)
+        after = copies(params)
+        assert_equal(
+            [p for i, p in enumerate(after) if i != spoilt],
+            [p for i, p in enumerate(before) if i != spoilt],
+        )
+        params[spoilt].data.copy_(before[spoilt])
+    run(optimizer, None, 1)
+
+
 def test_entries_of_others_in_the_state(row: Row) -> None:
     """What is no parameter's states is passed over."""
     optimizer = row.ours(parameters((5,))(), **row.rich, ema_decay=0.5)
