@@ -87,14 +87,19 @@ def structures(device: torch.device) -> None:
                 if more:
                     with optimizer.ema_weights():
                         pass
-            # More groups than small arguments hold, and a rate that only the device knows.
-            params = parameters(dtype, device)
-            lr = torch.tensor(0.01, device=device)
-            groups = [{"params": [p], "weight_decay": 0.01 * n} for n, p in enumerate(params, 1)]
-            optimizer = cls(groups, **{"lr": lr, **options})
-            optimizer.grad_scale = torch.tensor(1024.0, device=device)
-            optimizer.found_inf = torch.tensor(0.0, device=device)
-            train(optimizer, params)
+            for scaled in (False, True):
+                in_groups(cls, options, parameters(dtype, device), scaled)
+
+
+def in_groups(cls: Any, options: dict[str, Any], params: Sequence[Tensor], scaled: bool) -> None:
+    """More groups than small arguments hold, and a rate that only the device knows."""
+    device = params[0].device
+    groups = [{"params": [p], "weight_decay": 0.01 * n} for n, p in enumerate(params, 1)]
+    optimizer = cls(groups, **{"lr": torch.tensor(0.01, device=device), **options})
+    if scaled:
+        optimizer.grad_scale = torch.tensor(1024.0, device=device)
+        optimizer.found_inf = torch.tensor(0.0, device=device)
+    train(optimizer, params)
 
 
 def norms(device: torch.device) -> None:

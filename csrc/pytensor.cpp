@@ -39,12 +39,12 @@ bool defines_nothing(PyTypeObject* type) {
 }
 
 bool changes_nothing(PyTypeObject* type) {
-  const auto* parameter = reinterpret_cast<PyTypeObject*>(ParameterClass);
-  PyObject* mro = type->tp_mro;
-  if (mro == nullptr || type->tp_getattro != parameter->tp_getattro ||
-      type->tp_setattro != parameter->tp_setattro) {
+  auto* parameter = reinterpret_cast<PyTypeObject*>(ParameterClass);
+  if (parameter == nullptr || PyType_IsSubtype(type, parameter) == 0 ||
+      type->tp_getattro != parameter->tp_getattro || type->tp_setattro != parameter->tp_setattro) {
     return false;
   }
+  PyObject* mro = type->tp_mro;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(mro); ++i) {
     auto* base = reinterpret_cast<PyTypeObject*>(PyTuple_GET_ITEM(mro, i));
     if (base == parameter) return true;
@@ -69,8 +69,6 @@ bool is_plain_parameter_class(PyTypeObject* type) {
       return each.plain;
     }
   }
-  auto* parameter = reinterpret_cast<PyTypeObject*>(ParameterClass);
-  if (parameter == nullptr || PyType_IsSubtype(type, parameter) == 0) return false;
   const bool plain = changes_nothing(type);
   known[next] = {type, type->tp_version_tag, plain};
   next = (next + 1) % known.size();
