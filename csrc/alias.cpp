@@ -30,14 +30,22 @@ std::vector<std::int64_t> find_meeting(std::vector<Use>& uses) {
   std::sort(uses.begin(), uses.end(),
             [](const Use& a, const Use& b) { return a.range.begin < b.range.begin; });
   std::vector<std::int64_t> meeting;
-  std::vector<const Use*> open;  // those before that reach at least to here
+  std::uintptr_t met = 0, met_and_written = 0;  // so far those reach that have met another
+  std::vector<const Use*> alone;                // those that have not, and reach to here
+  const auto meets = [&](const Use& use) {
+    meeting.push_back(use.by);
+    met = std::max(met, use.range.end);
+    if (use.writes) met_and_written = std::max(met_and_written, use.range.end);
+  };
   for (const Use& use : uses) {
-    std::erase_if(open, [&](const Use* other) { return other->range.end <= use.range.begin; });
-    for (const Use* other : open) {
-      if (other->by == use.by || !(other->writes || use.writes)) continue;
-      meeting.insert(meeting.end(), {other->by, use.by});
-    }
-    open.push_back(&use);
+    bool any = (use.writes ? met : met_and_written) > use.range.begin;
+    std::erase_if(alone, [&](const Use* other) {
+      if (other->range.end <= use.range.begin) return true;
+      if (other->by == use.by || !(other->writes || use.writes)) return false;
+      meets(*other);
+      return any = true;
+    });
+    any ? meets(use) : alone.push_back(&use);
   }
   std::sort(meeting.begin(), meeting.end());
   meeting.erase(std::unique(meeting.begin(), meeting.end()), meeting.end());

@@ -23,7 +23,8 @@ struct Use {
   bool writes;
 };
 
-// The pieces of work of which one writes what another uses, in ascending order. Sorts `uses`.
+// The pieces of work of which one writes what another uses, in ascending order. Sorts `uses`, of
+// which those of one piece meet none of its own.
 std::vector<std::int64_t> find_meeting(std::vector<Use>& uses);
 
 // Makes ranges that meet one range.
