@@ -98,11 +98,13 @@ PyObject* with_memory_errors(Call call) {
 }
 
 PyObject* step(PyObject*, PyObject* optimizer) {
-  return with_memory_errors([&] {
+  return with_memory_errors([&]() -> PyObject* {
     const WalkersOf walkers(optimizer);
     Walker& walker = walkers.idle();
-    const bool steps = !walker.left_any() && walker.unobserved(optimizer);
-    return PyBool_FromLong(steps && walker.step(optimizer));
+    if (walker.left_any() || !walker.unobserved(optimizer)) Py_RETURN_FALSE;
+    const bool stepped = walker.step(optimizer);
+    if (!stepped) walker.expect_another_try();
+    return PyBool_FromLong(stepped);
   });
 }
 
@@ -151,7 +153,7 @@ py::object grad_norm(py::handle optimizer) {
 std::int64_t skipped_steps(py::handle optimizer) {
   return WalkersOf(optimizer.ptr())->skipped_steps();
 }
-double take_decay(py::handle optimizer) { return WalkersOf(optimizer.ptr())->take_decay(); }
+double decay(py::handle optimizer) { return WalkersOf(optimizer.ptr())->decay(); }
 void note(py::handle optimizer, const at::Tensor& norm, bool skipped) {
   WalkersOf(optimizer.ptr())->note(norm, skipped);
 }
@@ -223,7 +225,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("grad_norm", &fastsgd::grad_norm,
              "The total norm of the gradients at an optimizer's last step; None before.");
   module.def("skipped_steps", &fastsgd::skipped_steps, "How many steps an optimizer has skipped.");
-  module.def("take_decay", &fastsgd::take_decay,
+  module.def("decay", &fastsgd::decay,
              "What an optimizer's schedule of ema_decay said to step_or_route, which asks it.");
   module.def(
       "note", &fastsgd::note,

@@ -33,8 +33,8 @@ class Findings {
   // How many averages a device has counted, if that is known here, and in which tensor.
   std::int64_t averages = 0;
   const c10::TensorImpl* averages_of = nullptr;
-  // What a schedule said when it was last asked; and by whom and for which average, for as long as
-  // the step that asked is not over.
+  // What a schedule said when it was last asked; and which that was, and for which average, between
+  // two tries of one step.
   double decay = 0;
   const void* asked = nullptr;
   std::int64_t asked_for = 0;

@@ -70,6 +70,7 @@ bool is_plain_parameter_class(PyTypeObject* type) {
     }
   }
   const bool plain = changes_nothing(type);
+  if (type->tp_version_tag == 0) return plain;
   known[next] = {type, type->tp_version_tag, plain};
   next = (next + 1) % known.size();
   return plain;

@@ -1,6 +1,8 @@
 #include "walk.h"
 
+#include <ATen/SparseTensorImpl.h>
 #include <ATen/record_function.h>
+#include <c10/core/UndefinedTensorImpl.h>
 
 #include <algorithm>
 #include <utility>
@@ -157,17 +159,26 @@ Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defau
 bool Walker::step(PyObject* optimizer, const Routes* taken) {
   const Busy guard(busy);
   const Cleanup cleanup{*this};
-  PyObject* attributes = attributes_of(optimizer);
+  Ref kept = Ref::borrow(attributes_of(optimizer));
+  const auto read_extras = [&] {
+    extras_ = &extras_reader_.read(kept.get());
+    TORCH_CHECK(!extras_->swapped,
+                "step() inside ema_weights(): the parameters hold their averages. Leave the block "
+                "before the next step.");
+  };
+  read_extras();
+  asked_ = nullptr;
+  if (extras_->schedule != nullptr) {
+    ask_schedule(kept.get());
+    kept = Ref::borrow(attributes_of(optimizer));
+    read_extras();
+  }
+  PyObject* attributes = kept.get();
   const Ref groups = Ref::borrow(param_groups_.optional_in(attributes));
   const Ref state = Ref::borrow(state_.optional_in(attributes));
   const Ref defaults = Ref::borrow(defaults_.optional_in(attributes));
-  extras_ = &extras_reader_.read(attributes);
-  if (extras_->schedule != nullptr) ask_schedule(attributes);
-  TORCH_CHECK(!extras_->swapped,
-              "step() inside ema_weights(): the parameters hold their averages. Leave the block "
-              "before the next step.");
   factor_ = extras_->factor;
-  decay_ = extras_->schedule != nullptr ? findings_.decay : extras_->decay;
+  decay_ = asked_ != nullptr && extras_->schedule != nullptr ? findings_.decay : extras_->decay;
   Averaged averaged;
   if (extras_->averages) averaged = extras_reader_.averaged(attributes);
   clears_in_pass_ = extras_->clear == Extras::Clear::kToZero;
@@ -180,7 +191,6 @@ bool Walker::step(PyObject* optimizer, const Routes* taken) {
     findings_.averages_of = nullptr;  // which Python is to count
     return false;
   }
-  findings_.asked = nullptr;
   bool steps = way == Way::kKernels;
   measuring_ = {};
   if (steps && extras_->measures()) steps = measure();
@@ -227,31 +237,37 @@ void Walker::leave_to_stock(Place place, PyObject* param) {
   const auto group = static_cast<std::size_t>(place.group);
   if (routes_.size() <= group) routes_.resize(group + 1);
   routes_[group].push_back(place.index);
-  const auto note = [&](c10::TensorImpl* tensor) {
-    if (tensor == nullptr) return;
+  const auto note = [&](const auto& self, c10::TensorImpl* tensor) -> void {
+    if (tensor == nullptr || tensor == c10::UndefinedTensorImpl::singleton()) return;
     PyObject* object = object_of(*tensor);
     if (object != nullptr && LocalShards::is(object)) {
       tensor = LocalShards::memory(object);
     } else if (tensor->is_python_dispatch()) {
       hidden_ = true;
     }
-    if (!tensor->has_storage()) return;
-    const Range range = reach(*tensor);
-    if (range.begin < range.end) left_.push_back(range);
+    if (tensor->layout() == at::kSparse && !tensor->is_python_dispatch()) {
+      const auto* sparse = static_cast<const at::SparseTensorImpl*>(tensor);
+      self(self, sparse->indices().unsafeGetTensorImpl());
+      self(self, sparse->values().unsafeGetTensorImpl());
+    } else if (!tensor->has_storage()) {
+      hidden_ = true;
+    } else if (const Range range = reach(*tensor); range.begin < range.end) {
+      left_.push_back(range);
+    }
   };
   if (!any_tensor(param)) return;
   c10::TensorImpl* tensor = impl_of(param);
-  note(tensor);
+  note(note, tensor);
   if (const at::Tensor* grad = grad_slot(*tensor)) {
     TORCH_CHECK(rule_.sparse_error == nullptr || !grad->defined() || !grad->is_sparse(),
                 rule_.sparse_error);
-    note(grad->unsafeGetTensorImpl());
+    note(note, grad->unsafeGetTensorImpl());
   }
   PyObject *states = states_.of(param), *name, *state;
   Py_ssize_t position = 0;
   hidden_ |= states != nullptr && !exact_dict(states) && !PyList_Check(states);  // no states at all
   while (states != nullptr && exact_dict(states) && PyDict_Next(states, &position, &name, &state)) {
-    if (any_tensor(state)) note(impl_of(state));
+    if (any_tensor(state)) note(note, impl_of(state));
   }
 }
 

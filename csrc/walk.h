@@ -45,6 +45,8 @@ class Walker {
   const Routes& routes() const { return routes_; }
   // Whether the last step left any to stock: then the next will.
   bool left_any() const { return left_any_; }
+  // This step will be tried again at once: whoever was asked for a decay need not be asked again.
+  void expect_another_try() { findings_.asked = asked_; }
 
   // How many steps devices have skipped.
   std::int64_t skipped_there() const;
@@ -198,6 +200,7 @@ class Walker {
   const Extras* extras_ = nullptr;  // at this step
   double factor_ = 1, decay_ = 0;   // theirs, once they are known
   std::int64_t averages_ = 0;       // those before this step, for which a schedule was asked
+  const void* asked_ = nullptr;     // that schedule
   bool starts_ = false;             // averages begin with this step
   bool clears_in_pass_ = false;     // the kernels set the gradients to zero
   bool looks_before_clearing_ = false;

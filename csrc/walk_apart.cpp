@@ -12,11 +12,11 @@ namespace fastsgd {
 bool Walker::memory_meets() {
   const bool needs_order = !routes_.empty() || states_.creates() || rule_.counts ||
                            !options_.tensors().empty() || extras_->any;
-  plan_.note_scalars(options_.tensors());
   works_ = devices_.needed();
+  plan_.note_scalars(options_.tensors());
+  for (cuda::DeviceWork* work : works_) work->plan.note_scalars(options_.tensors());
   if ((plan_.ordered() && needs_order) || (!left_.empty() && plan_.meets(left_))) return true;
   return std::any_of(works_.begin(), works_.end(), [&](cuda::DeviceWork* work) {
-    work->plan.note_scalars(options_.tensors());
     return work->plan.ordered() || (!left_.empty() && work->plan.meets(left_));  // in no order
   });
 }

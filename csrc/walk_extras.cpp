@@ -112,15 +112,16 @@ void Walker::ask_schedule(PyObject* attributes) {
               "repeated. Set ema_decay to a number before.");
   const bool is_known = work != nullptr && findings_.averages_of == there && !work->captured();
   averages_ = is_known ? findings_.averages : averages_so_far(averaged);
-  if (findings_.asked == schedule.get() && findings_.asked_for == averages_ + 1) return;
+  asked_ = schedule.get();
+  if (std::exchange(findings_.asked, nullptr) == asked_ && findings_.asked_for == averages_ + 1) {
+    return;
+  }
   findings_.decay = decay_of(schedule.get(), averages_ + 1);
-  findings_.asked = schedule.get();
   findings_.asked_for = averages_ + 1;
   if (is_known) {  // it may have stepped
     const bool still = findings_.averages_of == there;
     averages_ = still ? findings_.averages : averages_so_far(averaged);
   }
-  extras_ = &extras_reader_.read(attributes);
 }
 
 // Waits for a device that counts them.

@@ -21,10 +21,7 @@ class Walkers {
   at::Tensor grad_norm() const { return findings_.grad_norm(); }
   std::int64_t skipped_steps() const;
   // What the schedule of the averages has said, for Python to use.
-  double take_decay() {
-    findings_.asked = nullptr;
-    return findings_.decay;
-  }
+  double decay() const { return findings_.decay; }
   // The same of a step of which Python took a part.
   void note(const at::Tensor& grad_norm, bool skipped);
 

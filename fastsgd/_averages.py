@@ -66,11 +66,12 @@ class WithAverages(WithExtras):
         if name != "ema_dtype" or value is self.ema_dtype:
             return
         refuse_inside_ema_weights(self, "setting ema_dtype")
-        averages = [
-            (own, own["ema"].to(dtype_of_average(param, value)))
-            for param, own in _states_of_params(self).items()
-            if param.dtype in HALVES and isinstance(own.get("ema"), Tensor)
-        ]
+        with torch.inference_mode(False):
+            averages = [
+                (own, own["ema"].to(dtype_of_average(param, value)))
+                for param, own in _states_of_params(self).items()
+                if param.dtype in HALVES and isinstance(own.get("ema"), Tensor)
+            ]
         for own, average in averages:
             own["ema"] = average
 
@@ -91,7 +92,7 @@ class WithAverages(WithExtras):
         for own in states.values():
             if isinstance(own.get("ema"), dict) and not own["ema"]:  # of none in a flat checkpoint
                 del own["ema"]
-        averages = any("ema" in own for own in states.values())
+        averages = any(own.get("ema") is not None for own in states.values())
         if steps or averages or "_ema_steps" in self.__dict__:
             self.__dict__["_ema_steps"] = max(steps, default=1 if averages else 0)
         if averages and self.ema_dtype is not None:
@@ -136,7 +137,9 @@ class WithAverages(WithExtras):
                 "load a checkpoint that has them."
             )
         averages = {
-            param: own["ema"] for param, own in _states_of_params(self).items() if "ema" in own
+            param: own["ema"]
+            for param, own in _states_of_params(self).items()
+            if own.get("ema") is not None
         }
         exchange = _Exchange(list(averages), list(averages.values()))
         extras = self.__dict__["_extras"]
@@ -145,17 +148,20 @@ class WithAverages(WithExtras):
             exchange.undo()
             extras.pop("swapped", None)
 
+        finished = False
         try:
             extras["swapped"] = True
             exchange.make()
             yield
+            finished = True
         finally:
             try:
                 leave()
             except BaseException:  # an interrupt
                 leave()
                 raise
-            exchange.check_all_back()
+            if finished:  # what was raised in the block goes on else
+                exchange.check_all_back()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return torch's, with what is asked for besides torch's step."""
@@ -234,6 +240,8 @@ def _what_is_wrong(
     if param.shape != average.shape or param.device != average.device:
         where = f"of shape {tuple(average.shape)} on {average.device}"
         return RuntimeError, f"{where}. Was the parameter's data swapped?"
+    if _is_freed(param):
+        return RuntimeError, "and no memory. Was its storage freed?"
     is_number = average.is_floating_point() or average.is_complex()
     if not is_number:
         text = f"of {average.dtype}, which no average has. Is the checkpoint corrupt?"
@@ -242,6 +250,12 @@ def _what_is_wrong(
         text = f"of {average.dtype}, which must have {dtype}."
         return RuntimeError, f"{text} Was the parameter's data or its dtype changed?"
     return None
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+        return False
+    return tensor.numel() > 0 and not tensor.is_meta and tensor.untyped_storage().nbytes() == 0
 
 
 class _Exchange:

@@ -69,7 +69,14 @@ def _device_of(tensor: Tensor) -> torch.device:
 def _joined(parts: list[Tensor], norm_type: float) -> Tensor:
     norm: Tensor = parts[0]
     if len(parts) > 1:
-        norm = torch.linalg.vector_norm(torch.stack(parts), norm_type)
+        norms = torch.stack(parts)
+        norm = torch.linalg.vector_norm(norms, norm_type)
+        # Where squares leave the range of float64.
+        greatest = norms.max()
+        scale = greatest.clamp_min(torch.finfo(torch.float64).tiny)
+        scaled = torch.linalg.vector_norm(norms / scale, norm_type) * scale
+        leaves = (greatest < 1e-140) | ((greatest > 1e140) & greatest.isfinite())
+        norm = torch.where(leaves, scaled, norm)
     return norm
 
 

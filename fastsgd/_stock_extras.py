@@ -35,7 +35,7 @@ def step_with_extras(optimizer: WithAverages, step_as_stock: Step, routes: Route
         averaged = averages_of(optimizer)
         decay = optimizer.ema_decay
         if callable(decay):
-            decay = _C.take_decay(optimizer)
+            decay = _C.decay(optimizer)
         average = Average(optimizer, decay or 0.0, not averaged, optimizer.ema_dtype)
 
         def step_part(optimizer: WithAverages) -> None:

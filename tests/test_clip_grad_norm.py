@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -194,3 +195,16 @@ def test_bits_on_every_instruction_set() -> None:
         isolated.run(code, env={"ATEN_CPU_CAPABILITY": name}) for name in capabilities.supported()
     }
     assert len(told) == 1 and len(told.pop().split()) == 8
+
+
+@pytest.mark.parametrize("size", [1e200, 1.0, 1e-200, 1e-320])
+def test_parts_beyond_the_range_of_squares(size: float) -> None:
+    """Norms of what the kernels take and of what they leave are joined without an overflow."""
+    params = [Parameter(torch.zeros(4, dtype=torch.float64)) for _ in range(2)]
+    params[0].grad = torch.full((4,), size, dtype=torch.float64)
+    params[1].grad = torch.full((8,), size, dtype=torch.float64)[::2]
+    norm = fastsgd.clip_grad_norm_(params, 1.0)
+    torch.testing.assert_close(float(norm) / size, math.sqrt(8), rtol=1e-4, atol=0)
+    factor = min(1.0, 1 / (math.sqrt(8) * size + 1e-6))
+    for p in params:
+        torch.testing.assert_close(p.grad / size, torch.full_like(p, factor), rtol=1e-4, atol=0)

@@ -22,6 +22,7 @@ import preload
 import pytest
 import torch
 from cases import HUGE, OPTIMIZERS, Row
+from onepass import Own
 from oracle import all_params
 from snapshot import Snapshot, contents, same
 from torch.nn import Parameter
@@ -493,6 +494,29 @@ def test_a_schedule_that_raises(row: Row, steps: int) -> None:
     assert asked[-2:] == [steps + 1] * 2
     optimizer.ema_decay = schedule
     assert same(contents(optimizer), contents(stepped(made(row, **EXTRAS), steps + 1)))
+
+
+@pytest.mark.parametrize("strange", [False, True])
+def test_a_schedule_is_asked_again(row: Row, strange: bool) -> None:
+    """By the step after one that was skipped, which is for the same average."""
+    asked = []
+
+    def decays(number: int) -> float:
+        asked.append((number, decay))
+        return decay
+
+    decay = 0.9
+    params = parameters((5,), (7,))()
+    if strange:
+        params[1] = params[1].detach().as_subclass(Own).requires_grad_()
+    optimizer = row.ours(params, **row.rich, skip_nonfinite=True, ema_decay=decays)
+    for bad, decay in ((False, 0.9), (True, 0.9), (False, 0.0)):  # noqa: B007
+        for p in params:
+            p.grad = torch.full(p.shape, float("nan") if bad else 1.0)
+        optimizer.step()
+    assert asked == [(1, 0.9), (2, 0.9), (2, 0.0)]
+    for p in params:
+        assert torch.equal(optimizer.state[p]["ema"].as_subclass(torch.Tensor), p.detach())
 
 
 # Checkpoints that are corrupt.
