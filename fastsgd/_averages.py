@@ -224,24 +224,26 @@ def _checked_steps(value: Any) -> int:
 
 def _check(param: Tensor, average: Any, dtype: torch.dtype | None = None) -> None:
     """Raise where an average is none of a parameter, or of another dtype than it is to have."""
-    wrong = _what_is_wrong(param, average, dtype)
+    _raise_if(_what_is_wrong(param, average, dtype), param)
+
+
+Wrong = tuple[type[Exception], str]
+
+
+def _raise_if(wrong: Wrong | None, param: Tensor) -> None:
     if wrong is not None:
         kind, text = wrong
         shape = tuple(param.shape)
         raise kind(f"a parameter of shape {shape} on {param.device} has a state 'ema' {text}")
 
 
-def _what_is_wrong(
-    param: Tensor, average: Any, dtype: torch.dtype | None
-) -> tuple[type[Exception], str] | None:
+def _what_is_wrong(param: Tensor, average: Any, dtype: torch.dtype | None) -> Wrong | None:
     if not isinstance(average, Tensor):
         text = f"that must be a Tensor, not {type(average).__name__}. Is the checkpoint corrupt?"
         return TypeError, text
     if param.shape != average.shape or param.device != average.device:
         where = f"of shape {tuple(average.shape)} on {average.device}"
         return RuntimeError, f"{where}. Was the parameter's data swapped?"
-    if _is_freed(param):
-        return RuntimeError, "and no memory. Was its storage freed?"
     is_number = average.is_floating_point() or average.is_complex()
     if not is_number:
         text = f"of {average.dtype}, which no average has. Is the checkpoint corrupt?"
@@ -250,6 +252,13 @@ def _what_is_wrong(
         text = f"of {average.dtype}, which must have {dtype}."
         return RuntimeError, f"{text} Was the parameter's data or its dtype changed?"
     return None
+
+
+def _why_not_back(param: Tensor, average: Tensor) -> Wrong | None:
+    """Return why a parameter cannot be given its own values back, if it cannot."""
+    if _is_freed(param):
+        return RuntimeError, "and no memory. Was its storage freed?"
+    return _what_is_wrong(param, average, None)
 
 
 def _is_freed(tensor: Tensor) -> bool:
@@ -294,7 +303,7 @@ class _Exchange:
         # What was exchanged last comes first, as parameters may share memory.
         while self.held:
             i, held = next(reversed(self.held.items()))
-            wrong = _what_is_wrong(*self.pairs[i], None)
+            wrong = _why_not_back(*self.pairs[i])
             if wrong:
                 self.spoilt.append(self.pairs[i])
             for tensor, value in zip(self.pairs[i], held, strict=True):
@@ -303,8 +312,8 @@ class _Exchange:
             del self.held[i]
         if len(self.left) == 1:
             pairs = [p for i, p in enumerate(self.pairs) if i not in self.left[0]][::-1]
-            self.exchanged = [pair for pair in pairs if not _what_is_wrong(*pair, None)]
-            self.spoilt += [pair for pair in pairs if _what_is_wrong(*pair, None)]
+            self.exchanged = [pair for pair in pairs if not _why_not_back(*pair)]
+            self.spoilt += [pair for pair in pairs if _why_not_back(*pair)]
             self._in_kernels(self.exchanged)
         while len(self.left) == 2 and self.left[1]:
             i = self.left[1][0]  # by torch's operators, as a mode is on that was not
@@ -317,8 +326,8 @@ class _Exchange:
 
     def check_all_back(self) -> None:
         """Raise where a parameter could not be given its own values back."""
-        for pair in self.spoilt:
-            _check(*pair)
+        for param, average in self.spoilt:
+            _raise_if(_why_not_back(param, average), param)
 
     def _in_kernels(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         params, averages = ([_local(pair[side]) for pair in pairs] for side in (0, 1))
