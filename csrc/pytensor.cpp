@@ -65,12 +65,10 @@ bool is_plain_parameter_class(PyTypeObject* type) {
   static std::array<Known, 8> known{};
   static std::size_t next = 0;
   for (const Known& each : known) {
-    if (each.type == type && each.version == type->tp_version_tag && each.version != 0) {
-      return each.plain;
-    }
+    if (each.type == type && each.version == type->tp_version_tag) return each.plain;
   }
   const bool plain = changes_nothing(type);
-  if (type->tp_version_tag == 0) return plain;
+  if (type->tp_version_tag == 0) return plain;  // which is no version
   known[next] = {type, type->tp_version_tag, plain};
   next = (next + 1) % known.size();
   return plain;

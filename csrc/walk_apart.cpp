@@ -8,6 +8,18 @@
 #include "walk.h"
 
 namespace fastsgd {
+namespace {
+
+using Tensors = std::vector<const c10::TensorImpl*>;
+
+// In ascending order, each once.
+void make_set(Tensors& tensors) {
+  std::sort(tensors.begin(), tensors.end());
+  tensors.erase(std::unique(tensors.begin(), tensors.end()), tensors.end());
+}
+
+}  // namespace
+
 // Whether what is planned meets itself where order counts, or what stock is to step.
 bool Walker::memory_meets() {
   const bool needs_order = !routes_.empty() || states_.creates() || rule_.counts ||
@@ -24,14 +36,11 @@ bool Walker::memory_meets() {
 // Sets the parameters apart that meet others, which the walk has checked: stock, which steps them,
 // will raise in the middle of none. False where something else meets.
 bool Walker::set_apart(PyObject* groups) {
-  std::vector<const c10::TensorImpl*> meeting;
+  Tensors meeting, found;
   bool known = plan_.find_meeting(left_, meeting);
   for (cuda::DeviceWork* work : works_) known &= work->plan.find_meeting(left_, meeting);
   if (!known || meeting.empty()) return false;
-  std::sort(meeting.begin(), meeting.end());
-  meeting.erase(std::unique(meeting.begin(), meeting.end()), meeting.end());
-  apart_.clear();
-  std::vector<const c10::TensorImpl*> found;
+  make_set(meeting);
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
     PyObject* params = params_.needed_in(PyList_GET_ITEM(groups, g));
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
@@ -43,8 +52,7 @@ bool Walker::set_apart(PyObject* groups) {
       found.push_back(param);
     }
   }
-  std::sort(found.begin(), found.end());
-  found.erase(std::unique(found.begin(), found.end()), found.end());
+  make_set(found);
   if (found != meeting) apart_.clear();
   return found == meeting;
 }

@@ -244,13 +244,12 @@ def _what_is_wrong(param: Tensor, average: Any, dtype: torch.dtype | None) -> Wr
     if param.shape != average.shape or param.device != average.device:
         where = f"of shape {tuple(average.shape)} on {average.device}"
         return RuntimeError, f"{where}. Was the parameter's data swapped?"
-    is_number = average.is_floating_point() or average.is_complex()
-    if not is_number:
-        text = f"of {average.dtype}, which no average has. Is the checkpoint corrupt?"
-        return RuntimeError, text
+    of = f"of {average.dtype}, which"
+    if not (average.is_floating_point() or average.is_complex()):
+        return RuntimeError, f"{of} no average has. Is the checkpoint corrupt?"
     if dtype not in (None, average.dtype):
-        text = f"of {average.dtype}, which must have {dtype}."
-        return RuntimeError, f"{text} Was the parameter's data or its dtype changed?"
+        cure = "Was the parameter's data or its dtype changed?"
+        return RuntimeError, f"{of} must have {dtype}. {cure}"
     return None
 
 
@@ -281,9 +280,9 @@ class _Exchange:
         self.held: dict[int, tuple[Tensor, Tensor | None]] = {}
         # The pairs that are exchanged back, and what those held that the kernels left then.
         self.exchanged: list[tuple[Tensor, Tensor]] = []
-        # Those that can no longer be: the parameter has other data than it had.
-        self.spoilt: list[tuple[Tensor, Tensor]] = []
         self.back: dict[int, tuple[Tensor, Tensor]] = {}
+        # Those that cannot be exchanged back: the parameter has other data than it had.
+        self.spoilt: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
     def make(self) -> None:
@@ -311,9 +310,9 @@ class _Exchange:
                     _local(tensor).copy_(value)
             del self.held[i]
         if len(self.left) == 1:
-            pairs = [p for i, p in enumerate(self.pairs) if i not in self.left[0]][::-1]
-            self.exchanged = [pair for pair in pairs if not _why_not_back(*pair)]
-            self.spoilt += [pair for pair in pairs if _why_not_back(*pair)]
+            self.exchanged = []
+            for pair in [p for i, p in enumerate(self.pairs) if i not in self.left[0]][::-1]:
+                (self.spoilt if _why_not_back(*pair) else self.exchanged).append(pair)
             self._in_kernels(self.exchanged)
         while len(self.left) == 2 and self.left[1]:
             i = self.left[1][0]  # by torch's operators, as a mode is on that was not
