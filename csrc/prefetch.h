@@ -28,4 +28,10 @@ FASTSGD_PREFETCHING void prefetch(const void* object, std::ptrdiff_t from = 0) {
   if constexpr (kBytes > 1) fetch(kBytes - 1);
 }
 
+// A line that is read once, soon and in its turn: it waits for that beside the first-level cache,
+// whose few places for lines on their way are left to what is read now.
+FASTSGD_PREFETCHING void prefetch_to_second_level(const void* line) {
+  __builtin_prefetch(line, 0, 2);
+}
+
 }  // namespace fastsgd

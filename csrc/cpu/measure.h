@@ -23,10 +23,25 @@ FASTSGD_LANE void each_part(const F& f) {
   }
 }
 
-// How far ahead elements are fetched: a kilobyte. Hardware would not be late either, but it stops
-// at the end of each page.
+// How far ahead elements are fetched, into the second-level cache: a kilobyte. Hardware would not
+// be late either, but it stops at the end of each page.
 template <class T>
 constexpr std::int64_t kFetched = 1024 / static_cast<std::int64_t>(sizeof(T));
+
+// Up to which element something is worth fetching: a whole piece is followed by the next of its
+// gradient, but for the last.
+template <class T>
+FASTSGD_LANE std::int64_t fetching_of(std::int64_t count) {
+  return count == kPiece ? kPiece : count - kFetched<T>;
+}
+// The lines that are that far ahead of `kCount` elements.
+template <std::int64_t kCount, class T>
+FASTSGD_LANE void fetch_ahead(const T* from) {
+  constexpr std::int64_t kOfLine = kCacheLine / sizeof(T);
+  for (std::int64_t i = 0; i < kCount; i += kOfLine) {
+    prefetch_to_second_level(from + i + kFetched<T>);
+  }
+}
 
 // Elements in double.
 struct Elements {
@@ -127,8 +142,9 @@ FASTSGD_LANE PieceMeasured squares_scaled(const T* from, std::int64_t count) {
     sums.add_squares(elements);
   };
   std::int64_t at = 0;
-  for (; at + kMeasureLanes + kFetched<T> <= count; at += kMeasureLanes) {
-    prefetch(from + at + kFetched<T>);
+  for (const std::int64_t fetching = fetching_of<T>(count); at + kMeasureLanes <= fetching;
+       at += kMeasureLanes) {
+    fetch_ahead<kMeasureLanes>(from + at);
     add(elements_of(from + at));
   }
   for (; at + kMeasureLanes <= count; at += kMeasureLanes) add(elements_of(from + at));
@@ -164,15 +180,23 @@ PieceMeasured magnitude(const char* memory, std::int64_t count) {
   using Scalar = typename Compute<T>::Scalar;
   using Register = typename RegisterOf<Scalar>::type;
   constexpr std::int64_t kLanes = sizeof(Register) / sizeof(Scalar);
+  constexpr int kRow = 4;  // registers that wait for each other as little as for memory
   const T* from = reinterpret_cast<const T*>(memory);
-  Register wide{};
+  Register wide[kRow]{};
+  const auto join = [&](Register& greatest, const Register& x) {
+    greatest = lane::max(greatest, lane::max(x, -x));
+  };
   std::int64_t at = 0;
-  for (; at + kLanes <= count; at += kLanes) {
-    const auto x = load<Register>(from + at);
-    wide = lane::max(wide, lane::max(x, -x));
+  for (const std::int64_t fetching = fetching_of<T>(count); at + kRow * kLanes <= count;
+       at += kRow * kLanes) {
+    if (at < fetching) fetch_ahead<kRow * kLanes>(from + at);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRow; ++i) join(wide[i], load<Register>(from + at + i * kLanes));
   }
+  for (; at + kLanes <= count; at += kLanes) join(wide[0], load<Register>(from + at));
+  for (int i = 1; i < kRow; ++i) join(wide[0], wide[i]);
   Scalar greatest = 0;
-  for (std::int64_t i = 0; i < kLanes; ++i) greatest = lane::max(greatest, wide[i]);
+  for (std::int64_t i = 0; i < kLanes; ++i) greatest = lane::max(greatest, wide[0][i]);
   for (; at < count; ++at) {
     const Scalar x = to_scalar(from[at]);
     greatest = lane::max(greatest, lane::max(x, -x));
