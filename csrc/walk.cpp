@@ -188,6 +188,10 @@ bool Walker::step(PyObject* optimizer, const Routes* taken) {
   const bool leaves = way == Way::kStock || way == Way::kParts;
   if (taken == nullptr) left_any_ = leaves;
   if (leaves) {
+    // What would raise in the kernels' part does so before torch's is stepped.
+    if (extras_->averages && way == Way::kParts && alone() != nullptr) {
+      count_is_there(averaged.there, alone()->device());
+    }
     findings_.averages_of = nullptr;  // which Python is to count
     return false;
   }

@@ -111,6 +111,7 @@ class Walker {
   std::int64_t averages_so_far(const Averaged& averaged);
   std::int64_t averages_before(const Averaged& averaged);
   void begin_average(Averaged& averaged, cuda::DeviceWork* there);
+  static bool count_is_there(const at::Tensor& count, cuda::Device& device);
   void bring_count(Averaged& averaged, cuda::DeviceWork& there);
   void end_average(PyObject* attributes, Averaged& averaged, bool counts_there);
   void clear(PyObject* groups, bool stepped);

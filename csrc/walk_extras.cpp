@@ -151,22 +151,25 @@ void Walker::begin_average(Averaged& averaged, cuda::DeviceWork* there) {
   starts_ = averaged.count == 0;
 }
 
-void Walker::bring_count(Averaged& averaged, cuda::DeviceWork& there) {
-  const auto options = at::device(there.device().tensors()).dtype(at::kLong);
-  const at::Tensor& count = averaged.there;
+// Whether a device has the count already; throws where it is to be brought there in a graph.
+bool Walker::count_is_there(const at::Tensor& count, cuda::Device& device) {
   const bool is_there = count.defined() && count.numel() == 1 && count.scalar_type() == at::kLong &&
-                        count.device() == options.device();
-  const bool captures = there.device().captures();
-  TORCH_CHECK(!captures || is_there,
+                        count.device() == device.tensors();
+  TORCH_CHECK(is_there || !device.captures(),
               "the averages of ema_decay begin with this step, and a graph is being captured. Take "
               "one step before the capture.");
-  if (!is_there) {
+  return is_there;
+}
+
+void Walker::bring_count(Averaged& averaged, cuda::DeviceWork& there) {
+  cuda::Device& device = there.device();
+  if (!count_is_there(averaged.there, device)) {
     averaged.count = averages_before(averaged);
-    averaged.there = at::full({}, averaged.count, options);
+    averaged.there = at::full({}, averaged.count, at::device(device.tensors()).dtype(at::kLong));
   } else if (extras_->schedule != nullptr) {
     averaged.count = averages_;
   }
-  if (captures) {  // the graph counts on, whatever becomes of the optimizer
+  if (device.captures()) {  // the graph counts on, whatever becomes of the optimizer
     static auto& kept = *new std::vector<at::Tensor>;
     kept.push_back(averaged.there);
   }

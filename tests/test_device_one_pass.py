@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, HALVES, ORDINARY_SHAPES, Row
-from onepass import INF, NAN, all_dtypes, assert_norm, copies
+from onepass import INF, NAN, Own, all_dtypes, assert_norm, copies
 from oracle import all_params, assert_equal
 from places import (
     PLACES,
@@ -308,6 +308,20 @@ def test_a_capture_makes_nothing(row: Row) -> None:
     with emulated(captures=True):
         optimizer.step()
     assert int(optimizer._ema_steps) == 2
+
+
+@on_host
+def test_a_capture_makes_nothing_of_a_part(row: Row) -> None:
+    """Where torch's code steps some, it has not begun when the kernels find that they cannot."""
+    params = [*parameters((9,), (33, 17))(), torch.randn(5).as_subclass(Own).requires_grad_()]
+    optimizer = row.ours(params, **row.rich, ema_decay=0.5)
+    give([optimizer], 0)
+    Host().do(optimizer.step)
+    optimizer.load_state_dict(optimizer.state_dict())  # the count is a number
+    before = Snapshot(optimizer)
+    with emulated(captures=True), pytest.raises(RuntimeError, match="averages of ema_decay begin"):
+        optimizer.step()
+    before.assert_unchanged()
 
 
 def launches(place: Place, act: Any) -> int:
