@@ -52,6 +52,9 @@ bool written(const Update& update, int stream) { return stream != kGrad || updat
 
 }  // namespace
 
+// What keeps runs with a stream of float32 in spans of their own.
+int Plan::joining(Traits traits) { return traits.wide() < 0 ? 0 : kAllKernels; }
+
 void Plan::begin() {
   used_ = holders_used_ = owners_used_ = layouts_used_ = 0;
   bytes_ = 0;
@@ -117,9 +120,13 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
   const Traits traits(subject.streams, item_size, update.writes_grad, !flat,
                       is_wide ? average : -1);
   Run run;
-  Holder* holders = &holders_[holders_used_];
   run.count = count;
+  run.traits = traits.number;
+  Holder* holders = &holders_[holders_used_];
   std::int64_t bytes[kMaxStreams];
+  const Run& last = runs_[used_];
+  const bool another = !flat || last.count != count || last.traits != run.traits;
+  bool moved = another;
   for (int s = 0; s < subject.streams; ++s) {
     c10::TensorImpl& tensor = *subject.tensor[s];
     c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
@@ -132,17 +139,22 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
           tensor);
     }
     run.stream[s] = data_of(*storage, written(update, s)) + offset;
+    moved |= run.stream[s] != last.stream[s];
     holders[s] = {&tensor, storage};
+  }
+  if (moved) {
+    moved_ |= another;
+    note_moves(last, run.stream, traits, holders[kGrad]);
     // Streams of one parameter that share memory: only stock's order of passes gives its result.
-    for (int t = 0; t < s; ++t) {
-      if (meet(run.stream[s], bytes[s], run.stream[t], bytes[t])) return false;
+    for (int s = 0; s < subject.streams; ++s) {
+      for (int t = 0; t < s; ++t) {
+        if (meet(run.stream[s], bytes[s], run.stream[t], bytes[t])) return false;
+      }
     }
+    runs_[used_] = run;
   }
   if (!flat) ++layouts_used_;
-  run.traits = traits.number;
-  runs_[used_] = run;
-  moved_ = true;
-  if (!flat || is_wide || update.kernel + type != span_kernel_ || update.row != span_row_) {
+  if (!flat || update.kernel + type + joining(traits) != span_kernel_ || update.row != span_row_) {
     begin_span(update.kernel + type, update.row, flat ? nullptr : &layout, traits);
   }
   if (is_wide) bytes_ += count * (static_cast<std::int64_t>(sizeof(float)) - item_size);
@@ -156,7 +168,7 @@ void Plan::begin_span(int kernel, std::int32_t row, const Layout* layout, Traits
   spans_.push_back({kernel, layout, row, static_cast<std::int16_t>(traits.item_size()),
                     static_cast<std::int8_t>(traits.streams()),
                     static_cast<std::int8_t>(traits.wide()), first, first});
-  span_kernel_ = layout == nullptr && traits.wide() < 0 ? kernel : kNoKernel;
+  span_kernel_ = layout == nullptr ? kernel + joining(traits) : kNoKernel;
   span_row_ = row;
 }
 

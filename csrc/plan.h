@@ -133,6 +133,8 @@ class Plan {
     c10::StorageImpl* storage;
   };
 
+  [[gnu::always_inline]] inline void note_moves(const Run& last, char* const* stream, Traits traits,
+                                                const Holder& read);
   template <int kStreams>
   [[gnu::always_inline]] inline bool add_usual(const Update& update, const Subject& subject,
                                                Owners owners);
@@ -140,6 +142,7 @@ class Plan {
   bool add_checked(const Update& update, Place place, const Subject& subject, Owners owners);
   bool lay_out(const Update& update, Place place, const Subject& subject, Layout& layout);
   inline void count_in(std::int64_t bytes, Traits traits, Owners owners);
+  static int joining(Traits traits);
   void begin_span(int kernel, std::int32_t row, const Layout* layout, Traits traits);
   void reserve() {
     if (used_ == runs_.size()) [[unlikely]]
@@ -168,7 +171,7 @@ class Plan {
   std::vector<c10::TensorImpl*> owners_;
   std::size_t used_ = 0, holders_used_ = 0, owners_used_ = 0;
   std::vector<Span> spans_;
-  int span_kernel_ = kNoKernel;  // of the last span, if the next run could join it
+  int span_kernel_ = kNoKernel;  // of the last span, and joining(), if the next run could join it
   std::int32_t span_row_ = -1;
   std::vector<Row> rows_;
   std::deque<Layout> layouts_;  // a deque: spans point into it while it grows
@@ -232,6 +235,17 @@ void Plan::count_in(std::int64_t bytes, Traits traits, Owners owners) {
     retain(static_cast<std::size_t>(streams), owners_used_ - owners_before);
 }
 
+// Notes which streams lie elsewhere than at the last step, at which the run was as long and of the
+// same traits. One is only read, unless the traits say that it is written too.
+void Plan::note_moves(const Run& last, char* const* stream, Traits traits, const Holder& read) {
+  for (int s = 0; s < traits.streams(); ++s) {
+    if (s != kGrad || traits.writes_grad()) moved_ |= last.stream[s] != stream[s];
+  }
+  const bool own = is_alone(*read.tensor) && is_allocated(*read.storage) &&
+                   c10::raw::intrusive_ptr::use_count(read.storage) == 1;
+  (own ? own_read_moved_ : read_moved_) = true;
+}
+
 // The usual case, in few instructions: every tensor plain, contiguous, of one dtype and one shape,
 // its storage large enough and its own, and its writes counted. False where anything differs; then
 // nothing is noted.
@@ -283,12 +297,7 @@ bool Plan::add_usual(const Update& update, const Subject& subject, Owners owners
   for (int s = 0; s < kStreams; ++s) moved |= run.stream[s] != stream[s];
   if (moved) [[unlikely]] {
     moved_ |= another;
-    for (int s = 0; s < kStreams; ++s) {
-      if (s != kGrad || update.writes_grad) moved_ |= run.stream[s] != stream[s];
-    }
-    const bool own = is_alone(*subject.tensor[kGrad]) && is_allocated(*storage[kGrad]) &&
-                     c10::raw::intrusive_ptr::use_count(storage[kGrad]) == 1;
-    (own ? own_read_moved_ : read_moved_) = true;
+    note_moves(run, stream, traits, {subject.tensor[kGrad], storage[kGrad]});
 #pragma GCC unroll 8
     for (int s = 0; s < kStreams; ++s) {
       for (int t = 0; t < s; ++t) {
