@@ -123,8 +123,7 @@ def _make_step(stock_step: Step) -> Step:
     @functools.wraps(stock_step)
     def step(self: FusedStep, *args: Any, **kwargs: Any) -> Any:
         if is_compiling():
-            # torch breaks the graph in its own, and what called step() then calls it untraced.
-            return (untraced if "_extras" in self.__dict__ else stock_step)(self, *args, **kwargs)
+            return untraced(self, *args, **kwargs)  # which breaks the graph, as torch's own does
         if (not (args or kwargs) or _no_closure(args, kwargs)) and _C.step(self):
             return None
         return observed(self, *args, **kwargs)
