@@ -101,6 +101,7 @@ PyObject* step(PyObject*, PyObject* optimizer) {
   return with_memory_errors([&]() -> PyObject* {
     const WalkersOf walkers(optimizer);
     Walker& walker = walkers.idle();
+    walker.expect_no_other_try();
     if (walker.left_any() || !walker.unobserved(optimizer)) Py_RETURN_FALSE;
     const bool stepped = walker.step(optimizer);
     if (!stepped) walker.expect_another_try();
@@ -257,6 +258,12 @@ PYBIND11_MODULE(_C, module) {
       "Clip the grads of a list by their norm, of order infinity (or 2), on the one device where "
       "all of them lie, unless that `raises` and is not finite. Returns the norm; None where they "
       "do not, and nothing was done.");
+  module.def(
+      "why_not_written",
+      [](const at::Tensor& tensor) {
+        return fastsgd::why_not_written(*tensor.unsafeGetTensorImpl());
+      },
+      "Why a tensor cannot be written, to follow its name; empty if nothing is known against it.");
   module.def(
       "exchange", &fastsgd::exchange_all,
       "Exchange the contents of parameters and their averages; return the numbers of the pairs "

@@ -20,13 +20,17 @@ bool expands_to(at::IntArrayRef from, at::IntArrayRef to) {
   return true;
 }
 
+constexpr char kInference[] =
+    "is an inference tensor. Inplace update to inference tensor outside InferenceMode is not "
+    "allowed. You can make a clone to get a normal tensor before doing inplace update.";
+constexpr char kExpanded[] =
+    "is expanded. unsupported operation: more than one element of the written-to tensor refers to "
+    "a single memory location. Please clone() the tensor before performing the operation.";
+
 // Throws where a tensor that was made in inference mode, and so counts no writes, is to be written
 // outside of it.
 void check_inference_mode(Place place, const std::string& name) {
-  TORCH_CHECK(c10::InferenceMode::is_enabled(), at_place(place), ": ", name,
-              " is an inference tensor. Inplace update to inference tensor outside InferenceMode "
-              "is not allowed. You can make a clone to get a normal tensor before doing inplace "
-              "update.");
+  TORCH_CHECK(c10::InferenceMode::is_enabled(), at_place(place), ": ", name, " ", kInference);
 }
 
 void check_average(Place place, const Update& update, const c10::TensorImpl& param,
@@ -52,6 +56,15 @@ bool can_be_lerped(at::ScalarType state, const c10::TensorImpl& grad, const c10:
 bool lies_as_it_says(const c10::TensorImpl& tensor) {
   return tensor.has_storage() && tensor.layout() == at::kStrided && !tensor.is_nested() &&
          !tensor.is_python_dispatch() && !tensor.has_symbolic_sizes_strides();
+}
+
+bool is_expanded(const c10::TensorImpl& tensor) {
+  if (!lies_as_it_says(tensor)) return false;
+  const at::IntArrayRef sizes = tensor.sizes(), strides = tensor.strides();
+  for (std::size_t d = 0; d < sizes.size(); ++d) {
+    if (strides[d] == 0 && sizes[d] > 1) return true;
+  }
+  return false;
 }
 
 // Of the last of those elements; 0 where there are none.
@@ -154,6 +167,14 @@ bool has_memory(const c10::TensorImpl& tensor) {
   return tensor.unsafe_storage().nbytes() >= end_in_storage(tensor);
 }
 
+std::string why_not_written(const c10::TensorImpl& tensor) {
+  if (!tensor.version_counter().enabled() && !c10::InferenceMode::is_enabled()) return kInference;
+  if (is_expanded(tensor)) return kExpanded;
+  if (has_memory(tensor)) return {};
+  return c10::str("has a storage of ", tensor.storage().nbytes(),
+                  " bytes, too few for its shape. Was it freed or resized?");
+}
+
 Range reach(const c10::TensorImpl& tensor) {
   const auto storage = reinterpret_cast<std::uintptr_t>(tensor.storage().data());
   if (!lies_as_it_says(tensor)) return {storage, storage + tensor.storage().nbytes()};
@@ -168,10 +189,7 @@ void storage_too_small(const std::string& what, const c10::TensorImpl& tensor) {
 }
 
 void written_but_expanded(Place place, const Structure& structure, int stream) {
-  TORCH_CHECK(false, at_place(place), ": ", stream_name(structure, stream),
-              " is expanded. unsupported operation: more than one element of the written-to tensor "
-              "refers to a single memory location. Please clone() the tensor before performing the "
-              "operation.");
+  TORCH_CHECK(false, at_place(place), ": ", stream_name(structure, stream), " ", kExpanded);
 }
 
 }  // namespace fastsgd

@@ -87,6 +87,8 @@ void check_counter(Place place, const c10::TensorImpl& counter);
 
 // Whether memory is there for all elements of a tensor; true where only the tensor itself can tell.
 bool has_memory(const c10::TensorImpl& tensor);
+// Why a tensor cannot be written, to follow its name; empty if nothing is known against it.
+std::string why_not_written(const c10::TensorImpl& tensor);
 // The memory in which the elements of a tensor with a storage lie; all of that where only the
 // tensor itself can tell.
 Range reach(const c10::TensorImpl& tensor);

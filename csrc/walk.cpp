@@ -179,8 +179,6 @@ bool Walker::step(PyObject* optimizer, const Routes* taken) {
   const Ref defaults = Ref::borrow(defaults_.optional_in(attributes));
   factor_ = extras_->factor;
   decay_ = asked_ != nullptr && extras_->schedule != nullptr ? findings_.decay : extras_->decay;
-  Averaged averaged;
-  if (extras_->averages) averaged = extras_reader_.averaged(attributes);
   clears_in_pass_ = extras_->clear == Extras::Clear::kToZero;
   works_.clear();
   const Way way = plan_step(groups.get(), state.get(), defaults.get(), attributes, taken);
@@ -190,7 +188,7 @@ bool Walker::step(PyObject* optimizer, const Routes* taken) {
   if (leaves) {
     // What would raise in the kernels' part does so before torch's is stepped.
     if (extras_->averages && way == Way::kParts && alone() != nullptr) {
-      count_is_there(averaged.there, alone()->device());
+      count_is_there(extras_reader_.averaged(attributes).there, alone()->device());
     }
     findings_.averages_of = nullptr;  // which Python is to count
     return false;
@@ -198,7 +196,7 @@ bool Walker::step(PyObject* optimizer, const Routes* taken) {
   bool steps = way == Way::kKernels;
   measuring_ = {};
   if (steps && extras_->measures()) steps = measure();
-  if (steps) take_step(attributes, averaged);
+  if (steps) take_step(attributes);
   if (extras_->clear != Extras::Clear::kKeep) clear(groups.get(), steps);
   return true;
 }
@@ -210,9 +208,13 @@ void Walker::retain() {
 }
 
 // Takes the step that is planned. What may fail, or run Python code, comes first.
-void Walker::take_step(PyObject* attributes, Averaged& averaged) {
+void Walker::take_step(PyObject* attributes) {
   cuda::DeviceWork* there = alone();
-  if (extras_->averages) begin_average(averaged, there);
+  Averaged averaged;
+  if (extras_->averages) {  // read now: to plan and to measure may have run Python code
+    averaged = extras_reader_.averaged(attributes);
+    begin_average(averaged, there);
+  }
   const Around around = this->around();
   const bool counts_there = averaged.there.defined() && there != nullptr;
   auto* counted_there =

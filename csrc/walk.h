@@ -47,6 +47,11 @@ class Walker {
   bool left_any() const { return left_any_; }
   // This step will be tried again at once: whoever was asked for a decay need not be asked again.
   void expect_another_try() { findings_.asked = asked_; }
+  // Unless something came in between.
+  void expect_no_other_try() { findings_.asked = nullptr; }
+
+  // Whether this is for such an optimizer.
+  bool is_of(int rule, bool foreign) const { return rule_number_ == rule && foreign_ == foreign; }
 
   // How many steps devices have skipped.
   std::int64_t skipped_there() const;
@@ -101,7 +106,7 @@ class Walker {
   bool is_apart(Place place) const;
 
   void retain();
-  void take_step(PyObject* attributes, Averaged& averaged);
+  void take_step(PyObject* attributes);
 
   cuda::DeviceWork* alone() const;
   bool norm_is_apart() const;

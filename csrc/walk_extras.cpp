@@ -164,6 +164,7 @@ bool Walker::count_is_there(const at::Tensor& count, cuda::Device& device) {
 void Walker::bring_count(Averaged& averaged, cuda::DeviceWork& there) {
   cuda::Device& device = there.device();
   if (!count_is_there(averaged.there, device)) {
+    retain();  // a new tensor's object may collect garbage
     averaged.count = averages_before(averaged);
     averaged.there = at::full({}, averaged.count, at::device(device.tensors()).dtype(at::kLong));
   } else if (extras_->schedule != nullptr) {

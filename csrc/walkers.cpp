@@ -18,28 +18,34 @@ bool has_attribute(PyObject* object, const char* name) {
   return static_cast<bool>(found);
 }
 
-std::unique_ptr<Walker> new_walker(PyObject* optimizer, Findings& findings) {
+}  // namespace
+
+// What an optimizer's class says: again whenever it is another, or has changed.
+void Walkers::read_class(PyObject* optimizer) {
+  PyTypeObject* type = Py_TYPE(optimizer);
+  if (type == type_ && type->tp_version_tag == version_ && version_ != 0) return;
   const Ref name = Ref::steal(checked(PyObject_GetAttrString(optimizer, "_rule")));
   const char* text = PyUnicode_AsUTF8(name.get());
   if (text == nullptr) throw python_error();
   const int rule = find_rule(text);
   TORCH_CHECK_VALUE(rule >= 0, "this build of fastsgd has no rule called '", text,
                     "': build it again, if the class is newer than the build.");
-  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(optimizer));
   bool foreign = false;
   for (const char* own : {"param_groups", "state", "defaults"}) {
-    foreign |= has_attribute(type, own);
+    foreign |= has_attribute(reinterpret_cast<PyObject*>(type), own);
   }
-  return std::make_unique<Walker>(rule, foreign, findings);
+  rule_ = rule;
+  foreign_ = foreign;
+  type_ = type;
+  version_ = type->tp_version_tag;
 }
 
-}  // namespace
-
 Walker& Walkers::idle(PyObject* optimizer) {
+  read_class(optimizer);
   for (const auto& walker : all_) {
-    if (!walker->busy) return *walker;
+    if (!walker->busy && walker->is_of(rule_, foreign_)) return *walker;
   }
-  return *all_.emplace_back(new_walker(optimizer, findings_));
+  return *all_.emplace_back(std::make_unique<Walker>(rule_, foreign_, findings_));
 }
 
 std::int64_t Walkers::skipped_steps() const {

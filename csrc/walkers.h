@@ -26,6 +26,14 @@ class Walkers {
   void note(const at::Tensor& grad_norm, bool skipped);
 
  private:
+  void read_class(PyObject* optimizer);
+
+  // Of the optimizer's class when it was last read: which rule it steps by, and whether it keeps
+  // groups or states in some way of its own.
+  const PyTypeObject* type_ = nullptr;
+  unsigned int version_ = 0;
+  int rule_ = -1;
+  bool foreign_ = false;
   Findings findings_;
   std::vector<std::unique_ptr<Walker>> all_;
 };

@@ -29,6 +29,7 @@ class WithAverages(WithExtras):
     def state_dict(self) -> dict[str, Any]:
         """Return torch's; the number of averages so far is the groups' key ``ema_steps``."""
         refuse_inside_ema_weights(self, "state_dict()")
+        self._have_steps_added()  # whatever class it was made of
         return super().state_dict()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -144,13 +145,17 @@ class WithAverages(WithExtras):
         exchange = _Exchange(list(averages), list(averages.values()))
         extras = self.__dict__["_extras"]
 
+        block = object()  # this one: another thread may be in another
+
         def leave() -> None:
             exchange.undo()
-            extras.pop("swapped", None)
+            if extras.get("swapped") is block:
+                del extras["swapped"]
 
         finished = False
         try:
-            extras["swapped"] = True
+            if extras.setdefault("swapped", block) is not block:
+                refuse_inside_ema_weights(self, "ema_weights()")
             exchange.make()
             yield
             finished = True
@@ -224,46 +229,38 @@ def _checked_steps(value: Any) -> int:
 
 def _check(param: Tensor, average: Any, dtype: torch.dtype | None = None) -> None:
     """Raise where an average is none of a parameter, or of another dtype than it is to have."""
-    _raise_if(_what_is_wrong(param, average, dtype), param)
+    if wrong := _what_is_wrong(param, average, dtype):
+        raise wrong
 
 
-Wrong = tuple[type[Exception], str]
-
-
-def _raise_if(wrong: Wrong | None, param: Tensor) -> None:
-    if wrong is not None:
-        kind, text = wrong
-        shape = tuple(param.shape)
-        raise kind(f"a parameter of shape {shape} on {param.device} has a state 'ema' {text}")
-
-
-def _what_is_wrong(param: Tensor, average: Any, dtype: torch.dtype | None) -> Wrong | None:
+def _what_is_wrong(param: Tensor, average: Any, dtype: torch.dtype | None) -> Exception | None:
+    has = f"{_name(param)} has a state 'ema'"
     if not isinstance(average, Tensor):
         text = f"that must be a Tensor, not {type(average).__name__}. Is the checkpoint corrupt?"
-        return TypeError, text
+        return TypeError(f"{has} {text}")
     if param.shape != average.shape or param.device != average.device:
         where = f"of shape {tuple(average.shape)} on {average.device}"
-        return RuntimeError, f"{where}. Was the parameter's data swapped?"
-    of = f"of {average.dtype}, which"
+        return RuntimeError(f"{has} {where}. Was the parameter's data swapped?")
+    of = f"{has} of {average.dtype}, which"
     if not (average.is_floating_point() or average.is_complex()):
-        return RuntimeError, f"{of} no average has. Is the checkpoint corrupt?"
+        return RuntimeError(f"{of} no average has. Is the checkpoint corrupt?")
     if dtype not in (None, average.dtype):
         cure = "Was the parameter's data or its dtype changed?"
-        return RuntimeError, f"{of} must have {dtype}. {cure}"
+        return RuntimeError(f"{of} must have {dtype}. {cure}")
+    if why := _C.why_not_written(_local(average)):
+        return RuntimeError(f"{has} that {why}")
     return None
 
 
-def _why_not_back(param: Tensor, average: Tensor) -> Wrong | None:
+def _why_not_back(param: Tensor, average: Tensor) -> Exception | None:
     """Return why a parameter cannot be given its own values back, if it cannot."""
-    if _is_freed(param):
-        return RuntimeError, "and no memory. Was its storage freed?"
+    if why := _C.why_not_written(_local(param)):
+        return RuntimeError(f"{_name(param)}, to be given its own values back, {why}")
     return _what_is_wrong(param, average, None)
 
 
-def _is_freed(tensor: Tensor) -> bool:
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
-        return False
-    return tensor.numel() > 0 and not tensor.is_meta and tensor.untyped_storage().nbytes() == 0
+def _name(param: Tensor) -> str:
+    return f"a parameter of shape {tuple(param.shape)} on {param.device}"
 
 
 class _Exchange:
@@ -281,8 +278,8 @@ class _Exchange:
         # The pairs that are exchanged back, and what those held that the kernels left then.
         self.exchanged: list[tuple[Tensor, Tensor]] = []
         self.back: dict[int, tuple[Tensor, Tensor]] = {}
-        # Those that cannot be exchanged back: the parameter has other data than it had.
-        self.spoilt: list[tuple[Tensor, Tensor]] = []
+        # Why some cannot be exchanged back: a parameter has other data than it had.
+        self.spoilt: list[Exception] = []
 
     @torch.no_grad()
     def make(self) -> None:
@@ -304,7 +301,7 @@ class _Exchange:
             i, held = next(reversed(self.held.items()))
             wrong = _why_not_back(*self.pairs[i])
             if wrong:
-                self.spoilt.append(self.pairs[i])
+                self.spoilt.append(wrong)
             for tensor, value in zip(self.pairs[i], held, strict=True):
                 if value is not None and not wrong:
                     _local(tensor).copy_(value)
@@ -312,7 +309,10 @@ class _Exchange:
         if len(self.left) == 1:
             self.exchanged = []
             for pair in [p for i, p in enumerate(self.pairs) if i not in self.left[0]][::-1]:
-                (self.spoilt if _why_not_back(*pair) else self.exchanged).append(pair)
+                if wrong := _why_not_back(*pair):
+                    self.spoilt.append(wrong)
+                else:
+                    self.exchanged.append(pair)
             self._in_kernels(self.exchanged)
         while len(self.left) == 2 and self.left[1]:
             i = self.left[1][0]  # by torch's operators, as a mode is on that was not
@@ -325,8 +325,8 @@ class _Exchange:
 
     def check_all_back(self) -> None:
         """Raise where a parameter could not be given its own values back."""
-        for param, average in self.spoilt:
-            _raise_if(_why_not_back(param, average), param)
+        for wrong in self.spoilt:
+            raise wrong
 
     def _in_kernels(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         params, averages = ([_local(pair[side]) for pair in pairs] for side in (0, 1))

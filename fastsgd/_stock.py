@@ -73,18 +73,8 @@ def _unscale(params: list[Tensor], scale: Tensor) -> None:
         grad = param.grad
         if grad is None or grad.layout != torch.strided or grad.is_nested:
             continue
-        if any(s == 0 and n > 1 for s, n in zip(grad.stride(), grad.shape, strict=True)):
-            raise RuntimeError(
-                "A grad is expanded. unsupported operation: more than one element of the "
-                "written-to tensor refers to a single memory location. Please clone() the tensor "
-                "before performing the operation."
-            )
-        if grad.is_inference() and not torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "A grad is an inference tensor. Inplace update to inference tensor outside "
-                "InferenceMode is not allowed. You can make a clone to get a normal tensor before "
-                "doing inplace update."
-            )
+        if why := _C.why_not_written(grad):
+            raise RuntimeError(f"A grad {why}")
     with torch.no_grad():
         for param in params:
             if param.grad is not None:

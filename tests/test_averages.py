@@ -18,7 +18,6 @@ from twins import Twins, parameters, random_grad
 
 SHAPES = (*ORDINARY_SHAPES, *[(n,) for n in SIZES])
 BUILD = parameters(*SHAPES)
-INVALID = r"Invalid decay value .* provided. Please provide a value in \[0,1\] range."
 
 
 def warming(step: int) -> float:
@@ -210,19 +209,6 @@ def test_begun_in_the_middle(row: Row) -> None:
     run(twins.ours, Averages(twins.ours, 0.5), 3)
 
 
-@pytest.mark.parametrize("bad", [-0.1, 1.5, float("nan")])
-def test_schedule_that_goes_wrong(row: Row, bad: float) -> None:
-    """A decay that is none is refused before anything is written."""
-    optimizer = row.ours(BUILD(), **row.rich, ema_decay=lambda n: bad if n == 3 else 0.9)
-    run(optimizer, None, 2)
-    for p in all_params(optimizer):
-        p.grad = random_grad(p)
-    snapshot = Snapshot(optimizer)
-    with pytest.raises(ValueError, match=INVALID):
-        optimizer.step()
-    snapshot.assert_unchanged()
-
-
 # Checkpoints and copies.
 
 
@@ -248,49 +234,6 @@ def copied(optimizer: Any, row: Row, extras: Any) -> Any:
 
 def pickled(optimizer: Any, row: Row, extras: Any) -> Any:
     return pickle.loads(pickle.dumps(optimizer))
-
-
-@pytest.mark.parametrize("strange", [False, True])
-def test_schedule_that_meddles(row: Row, strange: bool) -> None:
-    """It is asked before the step is planned, which then is of what there is; and asked once."""
-    asked: list[int] = []
-    what = "nothing"
-
-    def meddles(number: int) -> float:
-        nonlocal what
-        asked.append(number)
-        act, what = what, "nothing"
-        if act == "steps":
-            optimizer.step()
-        elif act == "moves":
-            for p in all_params(optimizer):
-                p.data = p.data.clone()
-        elif act == "frees":
-            all_params(optimizer)[1].untyped_storage().resize_(0)
-        return 0.5
-
-    params = parameters((33,), (257,), (17, 3))()
-    if strange:
-        params.append(torch.randn(5, 7).as_subclass(Own).requires_grad_())
-    plain = [p.detach().clone().requires_grad_() for p in params]
-    optimizer = row.ours(params, **row.rich, ema_decay=meddles)
-    stepped = row.ours(plain, **row.rich)
-    for act, steps in (("nothing", 1), ("nothing", 1), ("steps", 2), ("moves", 1)):
-        for p, q in zip(params, plain, strict=True):
-            p.grad = q.grad = random_grad(p).as_subclass(torch.Tensor)
-        what, was = act, [p.detach() for p in params]
-        before = copies(was)
-        optimizer.step()
-        for _ in range(steps):
-            stepped.step()
-        assert_equal(copies(params), copies(plain))
-        if act == "moves":
-            assert_equal(was, before)
-    assert asked == [1, 2, 3, 3, 5]
-    assert optimizer.state_dict()["param_groups"][0]["ema_steps"] == 5
-    what = "frees"
-    with pytest.raises(RuntimeError, match="storage"):
-        optimizer.step()
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4])

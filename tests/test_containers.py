@@ -8,10 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from cases import Row
 from oracle import all_params, assert_equal
 from torch import Tensor
 from twins import Twins, parameters
+
+import fastsgd
 
 
 def test_groups_of_another_type(row: Row) -> None:
@@ -135,3 +138,27 @@ def test_groups_that_are_a_property(row: Row) -> None:
         for optimizer in twins.sides:
             doubled(optimizer).step()
         twins.check()
+
+
+def test_another_class(row: Row) -> None:
+    """What an optimizer's class is, and says, is looked at in each step."""
+    if row.ours is fastsgd.SGD:
+        pytest.skip("which the others become")
+    twins = Twins(row, parameters((131,), (70,)), **row.plain).run(1)
+    for optimizer, cls in zip(twins.sides, (fastsgd.SGD, torch.optim.SGD), strict=True):
+        optimizer.__class__ = cls
+        optimizer.defaults = cls(parameters((1,))(), momentum=0.9).defaults
+        for group in optimizer.param_groups:
+            group.update(optimizer.defaults)
+        optimizer.state.clear()
+    twins.run(2)
+
+    class Asked(fastsgd.SGD):
+        pass
+
+    twins.ours.__class__ = Asked
+    twins.run(1)
+    groups, asked = twins.ours.param_groups, []
+    Asked.param_groups = property(lambda self: asked.append(self) or groups)  # type: ignore[attr-defined]
+    twins.run(1)
+    assert len(asked) > 1

@@ -13,12 +13,14 @@ import places
 import pytest
 import snapshot
 import test_averages
+import test_ema_schedules
 import test_skipping
 from test_averages import *  # noqa: F403
 from test_clearing import *  # noqa: F403
 from test_clip_grad_norm import *  # noqa: F403
 from test_clipping import *  # noqa: F403
 from test_clipping_scaled import *  # noqa: F403
+from test_ema_schedules import *  # noqa: F403
 from test_ema_weights import *  # noqa: F403
 from test_skipping import *  # noqa: F403
 
@@ -43,7 +45,7 @@ class Values(snapshot.Snapshot):
 def emulated(settings: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let the host do what a device would."""
     monkeypatch.setattr(onepass.Extended, "may_have_states", True)
-    for module in (test_averages, test_skipping):
+    for module in (test_averages, test_ema_schedules, test_skipping):
         monkeypatch.setattr(module, "Snapshot", Values)
     with places.emulated():
         yield

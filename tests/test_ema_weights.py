@@ -141,11 +141,19 @@ def freed(p: torch.Tensor) -> None:
     p.untyped_storage().resize_(0)
 
 
+def shrunk(p: torch.Tensor) -> None:
+    p.untyped_storage().resize_(p.element_size())
+
+
 def reshaped(p: torch.Tensor) -> None:
     p.data = torch.ones(2, dtype=p.dtype)
 
 
-@pytest.mark.parametrize("spoils", [freed, reshaped])
+def expanded(p: torch.Tensor) -> None:
+    p.data = torch.ones(1, dtype=p.dtype).expand(p.shape)
+
+
+@pytest.mark.parametrize("spoils", [freed, shrunk, reshaped, expanded])
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
 def test_other_data_inside(row: Row, dtype: Any, spoils: Callable[[torch.Tensor], None]) -> None:
     """A parameter that was given another shape is not exchanged back; all others are."""
@@ -155,7 +163,7 @@ def test_other_data_inside(row: Row, dtype: Any, spoils: Callable[[torch.Tensor]
     before = copies(params)
     for spoilt in range(len(params)):
         own = params[spoilt].data
-        with pytest.raises(RuntimeError, match=r"Was (its storage|the parameter's data)"):
+        with pytest.raises(RuntimeError, match=r"Was (it freed|the parameter's data)|is expanded"):
             with optimizer.ema_weights():
                 spoils(params[spoilt])
         params[spoilt].data = torch.zeros(own.shape, dtype=own.dtype)
@@ -165,6 +173,20 @@ def test_other_data_inside(row: Row, dtype: Any, spoils: Callable[[torch.Tensor]
             [p for i, p in enumerate(before) if i != spoilt],
         )
         params[spoilt].data.copy_(before[spoilt])
+    run(optimizer, None, 1)
+
+
+def test_averages_freed_inside(row: Row) -> None:
+    """What stands in a parameter's average is lost then; all others get their own values back."""
+    params = all_dtypes((5,), (3, 7), dtypes=(torch.float32, torch.bfloat16))()
+    optimizer = row.ours(params, **row.rich, ema_decay=0.5)
+    run(optimizer, None, 2)
+    before = copies(params)
+    with pytest.raises(RuntimeError, match="state 'ema' that has a storage of 0 bytes"):
+        with optimizer.ema_weights():
+            optimizer.state[params[1]]["ema"].untyped_storage().resize_(0)
+    assert_equal([*copies(params)[:1], *copies(params)[2:]], [*before[:1], *before[2:]])
+    del optimizer.state[params[1]]["ema"]
     run(optimizer, None, 1)
 
 

@@ -22,8 +22,8 @@ import preload
 import pytest
 import torch
 from cases import HUGE, OPTIMIZERS, Row
-from onepass import Own
-from oracle import all_params
+from onepass import Own, copies
+from oracle import all_params, assert_equal
 from snapshot import Snapshot, contents, same
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -613,7 +613,7 @@ def test_averages_that_do_not_fit(row: Row, spoil: Callable[[Any], Any], has_gra
     optimizer.step()
 
 
-@pytest.mark.parametrize("spoil", AVERAGES[:-1], ids=lambda spoil: spoil.__name__)
+@pytest.mark.parametrize("spoil", AVERAGES, ids=lambda spoil: spoil.__name__)
 def test_averages_that_do_not_fit_in_torchs_code(row: Row, spoil: Callable[[Any], Any]) -> None:
     """Where that steps the parameter, it steps nothing either."""
     optimizer = stepped(made(row, more=(COMPLEX, COMPLEX), ema_decay=0.9), 2)
@@ -625,5 +625,20 @@ def test_averages_that_do_not_fit_in_torchs_code(row: Row, spoil: Callable[[Any]
         with pytest.raises((RuntimeError, TypeError), match="state 'ema'"):
             act(optimizer)
         snapshot.assert_unchanged()
+    optimizer.state[p]["ema"] = kept
+    optimizer.step()
+
+
+def test_average_without_memory_in_torchs_code(row: Row) -> None:
+    """Nor where its storage was freed, on which torch's operators would crash."""
+    optimizer = stepped(made(row, more=(COMPLEX, COMPLEX), ema_decay=0.9), 2)
+    p = all_params(optimizer)[-1]
+    average = optimizer.state[p]["ema"]
+    kept = average.clone()
+    average.untyped_storage().resize_(0)
+    before = copies(all_params(optimizer))
+    with pytest.raises(RuntimeError, match="state 'ema' that has a storage of 0 bytes"):
+        optimizer.step()
+    assert_equal(copies(all_params(optimizer)), before)
     optimizer.state[p]["ema"] = kept
     optimizer.step()
