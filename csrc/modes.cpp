@@ -16,11 +16,18 @@ namespace {
 
 PyTypeObject* device_context = nullptr;  // kept for good
 
-// The mode that set_default_device leaves on: it says where new tensors are to be. On the CPU that
-// is where a step's are.
-bool only_means_cpu(PyObject* mode) {
+using Modes = at::impl::PythonTorchFunctionTLS;
+
+PyObject* function_mode(std::int64_t number) {
+  return Modes::get_stack_at(number)->ptr(getPyInterpreter());
+}
+
+// The mode that set_default_device leaves on, and that a device is in a with statement: it says
+// where new tensors are to be, and leaves all else alone.
+bool is_default_device(PyObject* mode) { return Py_TYPE(mode) == device_context; }
+
+bool means_cpu(PyObject* mode) {
   static DictKey& device = *new DictKey("device");
-  if (Py_TYPE(mode) != device_context) return false;
   const Ref attributes = Ref::steal(checked(PyObject_GenericGetDict(mode, nullptr)));
   PyObject* value = device.in(attributes.get());
   return value != nullptr && THPDevice_Check(value) &&
@@ -28,9 +35,8 @@ bool only_means_cpu(PyObject* mode) {
 }
 
 bool any_function_mode() {
-  using Modes = at::impl::PythonTorchFunctionTLS;
   for (std::int64_t i = 0; i < Modes::stack_len(); ++i) {
-    if (!only_means_cpu(Modes::get_stack_at(i)->ptr(getPyInterpreter()))) return true;
+    if (!is_default_device(function_mode(i))) return true;
   }
   return false;
 }
@@ -42,6 +48,13 @@ bool any_mode() {
   return c10::impl::TorchDispatchModeTLS::any_modes_set() ||
          c10::impl::tls_is_dispatch_key_included(kTransform) || any_function_mode() ||
          torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;  // tangents move too
+}
+
+bool default_device_is_another() {
+  for (std::int64_t i = Modes::stack_len(); i-- > 0;) {  // the innermost counts
+    if (is_default_device(function_mode(i))) return !means_cpu(function_mode(i));
+  }
+  return false;
 }
 
 void learn_modes() {

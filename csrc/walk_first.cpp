@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "modes.h"
 #include "pytensor.h"
 #include "walk.h"
 
@@ -54,6 +55,10 @@ bool Walker::plan_first(Place place, Group& group, Subject& subject, Owners owne
   if (rule_.counts) {
     c10::TensorImpl*& counter = subject.tensor[subject.streams];
     if (counter == nullptr) {
+      if (default_device_is_another()) {  // where torch keeps the counter
+        states_.create_no_more();
+        return false;
+      }
       const at::Tensor made_now = new_counter(group.dict, at::kCPU);
       creation.value[subject.streams - kState] = made_now;
       counter = made_now.unsafeGetTensorImpl();

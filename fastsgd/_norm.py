@@ -27,7 +27,7 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         A tensor without dimensions on the first one's device.
     """
     if not tensors:
-        return torch.tensor(0.0, dtype=torch.float64)
+        return torch.tensor(0.0, dtype=torch.float64, device="cpu")
     infinity = math.isinf(norm_type)
     parts: list[Tensor] = []
     left = list(tensors)
@@ -36,7 +36,7 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
             left = [ready(tensor, infinity) for tensor in left]
         norm, count, _, numbers = _C.norm_of(left, False, infinity)
         if count:
-            parts.append(torch.tensor(norm, dtype=torch.float64))
+            parts.append(torch.tensor(norm, dtype=torch.float64, device="cpu"))
         left = [left[i] for i in numbers]
     shards: dict[Any, list[Tensor]] = {}
     for tensor in (tensor.detach() for tensor in left):
@@ -147,10 +147,10 @@ class Found:
     def norm(self) -> Tensor:
         """Return the norm of all in float64, on the first one's device."""
         if not self.others:
-            return torch.tensor(self.value, dtype=torch.float64)
+            return torch.tensor(self.value, dtype=torch.float64, device="cpu")
         parts = [total_norm(self.others, self.norm_type)]
         if self.count:
-            parts.insert(0, torch.tensor(self.value, dtype=torch.float64))
+            parts.insert(0, torch.tensor(self.value, dtype=torch.float64, device="cpu"))
         first = next(param.grad for param in self.params if param.grad is not None)
         return _joined([part.to(_device_of(first)) for part in parts], self.norm_type)
 
@@ -227,7 +227,7 @@ def clip_grad_norm_(
     others = found.others
     if not others:
         value = found.value
-        norm = torch.scalar_tensor(value, dtype=found.dtype)
+        norm = torch.scalar_tensor(value, dtype=found.dtype, device="cpu")
         if error_if_nonfinite:
             raise_if_nonfinite(norm, norm_type)
         clipped_by = _C.clip_factor(value, found.dtype == torch.float64, max_norm)

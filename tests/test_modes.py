@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from cases import Row
 from oracle import all_params, assert_equal
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from twins import ORDINARY, Twins, parameters
 
+import fastsgd
 from fastsgd import _C
 
 
@@ -113,16 +115,46 @@ def test_under_a_function_mode(row: Row) -> None:
         assert mine == theirs and theirs
 
 
-def test_under_a_default_device(row: Row) -> None:
-    """A default device that is the CPU changes nothing: the kernels step."""
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_under_a_default_device(row: Row, device: str) -> None:
+    """A default device, whichever, changes nothing: the kernels step."""
     twins = Twins(row, parameters((131,), (70,)), **row.rich)
-    torch.set_default_device("cpu")
+    if device != "cpu":  # where torch would make the counters
+        twins.run(1)
+    torch.set_default_device(device)
     try:
-        twins.run(2)
-        twins.grads()
-        assert _C.step(twins.ours)
+        for _ in range(2):
+            with torch.device("cpu"):
+                twins.grads()
+            twins.stock.step()
+            assert _C.step(twins.ours)
+            before = [p.grad.clone() for p in all_params(twins.ours)]
+            norm = fastsgd.clip_grad_norm_(all_params(twins.ours), 0.5)
+            assert norm.is_cpu and not torch.equal(
+                before[0], twins.ours.param_groups[0]["params"][0].grad
+            )
+            for p, grad in zip(all_params(twins.ours), before, strict=True):
+                p.grad.copy_(grad)
     finally:
         torch.set_default_device(None)
+    twins.check()
+
+
+def test_states_under_another_default_device(row: Row) -> None:
+    """Counters that torch makes there it makes itself, or fails to."""
+
+    def outcome(optimizer: Any) -> Any:
+        try:
+            optimizer.step()
+        except (RuntimeError, NotImplementedError) as refused:
+            return type(refused)
+        return [p.detach().clone() for p in all_params(optimizer)]
+
+    twins = Twins(row, parameters((131,)), **row.rich)
+    twins.grads()
+    with torch.device("meta"):
+        mine, theirs = map(outcome, twins.sides)
+    assert mine == theirs if isinstance(theirs, type) else not assert_equal(mine, theirs)
 
 
 def test_inside_a_transform(row: Row) -> None:
