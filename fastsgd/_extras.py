@@ -228,8 +228,9 @@ DOC = """
     ``with optimizer.ema_weights():`` has the parameters hold their averages for a while.
 
     Raises:
-        ValueError: If one of these is out of its range, or stands in a group.
-        TypeError: If one is of another type.
+        ValueError: If one of these is out of its range, is none of those that it can be, or stands
+            in a group.
+        TypeError: If a number or a flag is of another type.
 """
 
 # By name, in the order in which the constructors take them.
