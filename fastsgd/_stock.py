@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -31,20 +32,60 @@ def step_in_parts(optimizer: Optimizer, step_as_stock: Step, routes: Routes) -> 
         [group["params"][i] for i in route] for group, route in zip(groups, routes, strict=True)
     ]
     if any(theirs):
-        with_changes(_params(groups, theirs), partial(step_as_stock, optimizer))
+        with_params(optimizer, theirs, step_as_stock)
     if _C.step_rest(optimizer, routes):
         return
     ours = [  # of which torch must take some after all
         [param for i, param in enumerate(group["params"]) if i not in route]
         for group, route in zip(groups, map(set, routes), strict=True)
     ]
-    with_changes(_params(groups, ours), partial(_step_the_rest, optimizer, step_as_stock))
+    with_params(optimizer, ours, partial(_step_the_rest, step_as_stock=step_as_stock))
 
 
 def _step_the_rest(optimizer: Optimizer, step_as_stock: Step) -> None:
     routes_left = _C.step_or_route(optimizer)
     if routes_left is not None:
         step_in_parts(optimizer, step_as_stock, routes_left)
+
+
+def with_params(optimizer: Optimizer, params: list[list[Tensor]], call: Step) -> None:
+    """Call with a stand-in whose groups have these parameters; without groups that have none."""
+    groups = [
+        (group, part) for group, part in zip(optimizer.param_groups, params, strict=True) if part
+    ]
+    before = [{**group, "params": part} for group, part in groups]
+    parts = [dict(each) for each in before]
+    try:
+        with_stand_in(optimizer, call, param_groups=parts)
+    finally:
+        for (group, _), was, now in zip(groups, before, parts, strict=True):
+            group.update(_changes(was, now))
+
+
+def with_stand_in(optimizer: Optimizer, call: Step, **attributes: Any) -> None:
+    """Call with an optimizer of the same class, states and attributes, but for some.
+
+    The optimizer itself stays as it is: another thread that saves a checkpoint meanwhile sees all
+    of it, and nothing has to be put back. Other attributes that the call sets are its own after.
+    """
+    cls = type(optimizer)
+    other = object.__new__(_without_end(cls) if hasattr(cls, "__del__") else cls)
+    before = {**vars(optimizer), **attributes}
+    vars(other).update(before)
+    try:
+        call(other)
+    finally:
+        vars(optimizer).update(_changes(before, vars(other)))
+
+
+@functools.lru_cache
+def _without_end(cls: Any) -> Any:
+    """Return a class whose objects do nothing at their end."""
+    return type(cls.__name__, (cls,), {"__del__": lambda _: None})
+
+
+def _changes(was: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    return {key: now[key] for key in now if key not in was or now[key] is not was[key]}
 
 
 def step_as_stock(optimizer: Optimizer, stock_step: Step) -> None:
@@ -109,13 +150,6 @@ def attributes(owner: object, **values: Any) -> list[Change]:
     """Return what changes those of these attributes that an object has to other values."""
     own = vars(owner)
     return [(own, name, own[name], value) for name, value in values.items() if name in own]
-
-
-def _params(groups: list[dict[str, Any]], params: list[list[Tensor]]) -> list[Change]:
-    return [
-        (group, "params", group["params"], replacement)
-        for group, replacement in zip(groups, params, strict=True)
-    ]
 
 
 def _flags(groups: list[dict[str, Any]]) -> list[Change]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -571,6 +572,82 @@ def test_fallback_that_raises_puts_everything_back(row: Row) -> None:
     with pytest.raises(RuntimeError):
         optimizer.step()
     assert group["params"] is params and {k: group.get(k) for k in flags} == flags
+
+
+class Watched(Parameter):
+    """A parameter that does something whenever an operator writes it."""
+
+    act: Callable[[], Any] | None = None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Do it first."""
+        if (
+            cls.act is not None
+            and func.__name__.endswith("_")
+            and not func.__name__.startswith("_")
+        ):
+            cls.act()
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("extras", [{}, {"max_grad_norm": 1.0, "ema_decay": 0.5}], ids=str)
+def test_nobody_sees_a_part(row: Row, extras: dict[str, Any]) -> None:
+    """While torch's code steps its part, the optimizer is as it was, for whoever looks at it."""
+    params = [*parameters((33,), (5, 7))(), Watched(torch.randn(9))]
+    optimizer = row.ours(
+        [{"params": params[:1]}, {"params": params[1:]}], **row.rich, **row.fused, **extras
+    )
+
+    def seen() -> Any:
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        saved = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+        return [optimizer.max_grad_norm, all_params(optimizer), groups, saved]
+
+    before, looks = seen(), []
+
+    def look() -> None:
+        Watched.act = None
+        looks.append(seen())
+        optimizer.max_grad_norm = 7.0
+        Watched.act = look
+
+    for p in params:
+        p.grad = torch.ones(p.shape)
+    Watched.act = look
+    try:
+        optimizer.step()
+    finally:
+        Watched.act = None
+    assert looks and optimizer.max_grad_norm == 7.0
+    for each in looks:
+        assert all(p is q for p, q in zip(each[1], before[1], strict=True))
+        assert each[2:] == before[2:] and each[0] in (before[0], 7.0)
+
+
+def test_what_a_step_sets_stays(row: Row) -> None:
+    """Attributes and options that an own `_init_group` sets; and nothing ends with torch's part."""
+    ends = []
+
+    class Own(row.ours):  # type: ignore[misc, name-defined]
+        def _init_group(self, group: Any, *rest: Any) -> Any:
+            self.parts = getattr(self, "parts", 0) + 1
+            group["seen"] = group.get("seen", 0) + 1
+            return super()._init_group(group, *rest)
+
+        def __del__(self) -> None:
+            ends.append(1)
+
+    params = [*parameters((5,))(), Parameter(torch.randn(3, dtype=torch.complex64))]
+    optimizer = Own(params, **row.rich)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert optimizer.parts == 2 and optimizer.param_groups[0]["seen"] == 2 and not ends
+    del optimizer
+    gc.collect()
+    assert ends == [1]
 
 
 def test_fallback_with_a_scaler(row: Row) -> None:
