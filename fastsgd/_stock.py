@@ -68,7 +68,7 @@ def with_stand_in(optimizer: Optimizer, call: Step, **attributes: Any) -> None:
     The optimizer itself stays as it is: another thread that saves a checkpoint meanwhile sees all
     of it, and nothing has to be put back. Other attributes that the call sets are its own after.
     """
-    cls = type(optimizer)
+    cls: Any = type(optimizer)
     other = object.__new__(_without_end(cls) if hasattr(cls, "__del__") else cls)
     before = {**vars(optimizer), **attributes}
     vars(other).update(before)
