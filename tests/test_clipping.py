@@ -262,3 +262,26 @@ def test_sparse_grads(row: Row, extras: Any) -> None:
             twins.step()
             for p, q in twins.pairs():
                 assert_equal(p.detach(), q.detach())
+
+
+def test_grads_of_another_dtype(row: Row) -> None:
+    """What torch takes after a change of a parameter's dtype is clipped in its code."""
+    params = [Parameter(torch.randn(5)), Parameter(torch.randn(3, 4))]
+    twins = [Parameter(p.detach().clone()) for p in params]
+    optimizer = row.ours(params, **row.plain, max_grad_norm=0.5)
+    stock = row.stock(twins, **row.plain, foreach=False)
+    for p, q in zip(params, twins, strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    for p in (params[0], twins[0]):
+        p.data = p.data.double()
+    torch.nn.utils.clip_grad_norm_(twins, 0.5)
+    try:
+        stock.step()
+    except RuntimeError:
+        pytest.skip("torch does not take them")
+    before = copies(p.grad for p in params)
+    optimizer.step()
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach())
+    assert_equal(copies(p.grad for p in params), before)

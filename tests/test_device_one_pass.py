@@ -287,6 +287,24 @@ def test_the_count_stays_where_it_is(row: Row, place: Place) -> None:
 
 
 @on_host
+def test_a_checkpoint_after_a_skipped_first_step(row: Row) -> None:
+    """It has no average yet, and whoever loads it begins with the next step."""
+    params = parameters((9,), (33, 17))()
+    optimizer = row.ours(params, **row.rich, ema_decay=0.5, skip_nonfinite=True)
+    for p in params:
+        p.grad = torch.full_like(p, INF)
+    Host().do(optimizer.step)
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["ema_steps"] == 0
+    other = row.ours(copies(params), **row.rich, ema_decay=0.5)
+    other.load_state_dict(saved)
+    give([other], 1)
+    Host().do(other.step)
+    for p in all_params(other):
+        assert_equal(other.state[p]["ema"], p.detach())
+
+
+@on_host
 def test_a_capture_makes_nothing(row: Row) -> None:
     """States and averages would be made anew by every replay."""
     params = parameters((9,), (33, 17))()
