@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <new>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -121,9 +122,14 @@ PyObject* step_or_route(PyObject*, PyObject* optimizer) {
 
 PyObject* step_rest(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return with_memory_errors([&] {
-    TORCH_CHECK_TYPE(count == 2, "step_rest takes an optimizer and routes");
+    TORCH_CHECK_TYPE(count == 2 || count == 4,
+                     "step_rest takes an optimizer and routes; and a factor and a decay");
     const WalkersOf walkers(arguments[0]);
-    const auto taken = py::cast<Routes>(py::handle(arguments[1]));
+    Taken taken{py::cast<Routes>(py::handle(arguments[1])), {}};
+    if (count == 4) {
+      taken.known = Known{py::cast<double>(py::handle(arguments[2])),
+                          py::cast<std::optional<double>>(py::handle(arguments[3]))};
+    }
     return PyBool_FromLong(walkers.idle().step(arguments[0], &taken));
   });
 }
@@ -173,8 +179,12 @@ PyMethodDef methods[] = {
      "Step every parameter of an optimizer and return None; or write nothing and return, for each "
      "group, the indices of the parameters that only stock's path can take (no groups: all)."},
     {"step_rest", fast_call(step_rest), METH_FASTCALL,
-     "Step every parameter but those that these routes name, which somebody else has stepped. "
-     "Returns whether it did; where not, nothing was written."},
+     "Step every parameter but those that these routes name, which somebody else has stepped; with "
+     "the factor by which gradients are multiplied and the decay of averages (or None), if they "
+     "are "
+     "known: then nothing else is done around it but to clip by value. Returns whether it did; "
+     "where "
+     "not, nothing was written."},
     {"zero_grad", fast_call(zero_grad), METH_FASTCALL,
      "Reset the gradients of an optimizer; return the parameters that are not plain tensors. Does "
      "nothing and returns None where someone profiles and is not `observed` to know it."},

@@ -6,6 +6,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "norm.h"
 #include "pydict.h"
@@ -34,6 +35,20 @@ struct Extras {
   bool swapped = false;  // the parameters hold their averages just now
 
   bool measures() const { return (clips || raises || skips) && !has_factor; }
+
+  // The same for a part of a step of which all but this has been seen to.
+  Extras with(double known_factor, std::optional<double> known_decay) const {
+    Extras part;
+    part.any = true;
+    part.has_factor = true;
+    part.factor = known_factor;
+    part.bounds = bounds;
+    part.bound = bound;
+    part.averages = known_decay.has_value();
+    part.decay = known_decay.value_or(0);
+    part.wide = wide;
+    return part;
+  }
 };
 
 // How many averages there were. A device counts by itself, as it may skip a step, or repeat one.

@@ -114,7 +114,7 @@ bool Walker::plan_all(PyObject* groups, PyObject* state) {
 
 // Plans a step, or finds who else must take it.
 Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defaults,
-                              PyObject* attributes, const Routes* taken) {
+                              PyObject* attributes, const Taken* taken) {
   if (groups == nullptr || !PyList_CheckExact(groups)) return Way::kStock;
   if (state == nullptr || !is_dict_of_dicts(state)) return Way::kStock;
   if (defaults == nullptr || !PyDict_Check(defaults)) return Way::kStock;
@@ -152,11 +152,11 @@ Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defau
   if (extras_->measures() && routes_.empty() && norm_is_apart()) {
     routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
   }
-  const bool all = taken == nullptr ? routes_.empty() : same_routes(routes_, *taken);
+  const bool all = taken == nullptr ? routes_.empty() : same_routes(routes_, taken->routes);
   return all ? Way::kKernels : Way::kParts;
 }
 
-bool Walker::step(PyObject* optimizer, const Routes* taken) {
+bool Walker::step(PyObject* optimizer, const Taken* taken) {
   const Busy guard(busy);
   const Cleanup cleanup{*this};
   Ref kept = Ref::borrow(attributes_of(optimizer));
@@ -165,6 +165,9 @@ bool Walker::step(PyObject* optimizer, const Routes* taken) {
     TORCH_CHECK(!extras_->swapped,
                 "step() inside ema_weights(): the parameters hold their averages. Leave the block "
                 "before the next step.");
+    if (taken == nullptr || !taken->known) return;
+    known_extras_ = extras_->with(taken->known->factor, taken->known->decay);
+    extras_ = &known_extras_;
   };
   read_extras();
   asked_ = nullptr;

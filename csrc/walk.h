@@ -5,6 +5,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -22,6 +23,17 @@ namespace fastsgd {
 
 // For each group, the indices of the parameters that only stock's path can take.
 using Routes = std::vector<std::vector<std::int64_t>>;
+
+// What stock has taken of a step; and what is known of the rest by then, if anything is done around
+// it: the factor of the gradients, and the decay of the averages.
+struct Known {
+  double factor;
+  std::optional<double> decay;
+};
+struct Taken {
+  Routes routes;
+  std::optional<Known> known;
+};
 
 // What an optimizer keeps between steps: memory, and hints of where things were. Nothing that it
 // keeps is believed without being compared, and none of it is state: losing it costs one slow step.
@@ -41,7 +53,7 @@ class Walker {
   // part: routes() says which, and is empty where that is all. Throws before anything is written.
   // `taken`, if given: what stock has taken of this very step; then the rest is everything, and is
   // stepped only if that is just what stock must take.
-  bool step(PyObject* optimizer, const Routes* taken = nullptr);
+  bool step(PyObject* optimizer, const Taken* taken = nullptr);
   const Routes& routes() const { return routes_; }
   // Whether the last step left any to stock: then the next will.
   bool left_any() const { return left_any_; }
@@ -96,7 +108,7 @@ class Walker {
   enum class Way { kKernels, kStock, kParts, kNone };
 
   Way plan_step(PyObject* groups, PyObject* state, PyObject* defaults, PyObject* attributes,
-                const Routes* taken);
+                const Taken* taken);
   bool plan_all(PyObject* groups, PyObject* state);
   bool plan_groups(PyObject* groups);
   void leave_to_stock(Place place, PyObject* param);
@@ -204,6 +216,7 @@ class Walker {
   Scaling scaling_;
   ExtrasReader extras_reader_;
   const Extras* extras_ = nullptr;  // at this step
+  Extras known_extras_;             // those, where Python has done a part
   double factor_ = 1, decay_ = 0;   // theirs, once they are known
   std::int64_t averages_ = 0;       // those before this step, for which a schedule was asked
   const void* asked_ = nullptr;     // that schedule

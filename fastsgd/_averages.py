@@ -12,7 +12,12 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from fastsgd import _C
-from fastsgd._extras import WithExtras, of_the_optimizer_within, refuse_inside_ema_weights
+from fastsgd._extras import (
+    WithExtras,
+    inside_ema_weights,
+    of_the_optimizer_within,
+    refuse_inside_ema_weights,
+)
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -155,7 +160,7 @@ class WithAverages(WithExtras):
         finished = False
         try:
             if extras.setdefault("swapped", block) is not block:
-                refuse_inside_ema_weights(self, "ema_weights()")
+                raise inside_ema_weights("ema_weights()")
             exchange.make()
             yield
             finished = True

@@ -304,7 +304,12 @@ def signature_with_extras(stock_init: Callable[..., None]) -> inspect.Signature:
 def refuse_inside_ema_weights(optimizer: Optimizer, what: str) -> None:
     """Raise where the parameters hold their averages just now."""
     if "swapped" in optimizer.__dict__.get("_extras", ()):
-        raise RuntimeError(
-            f"{what} inside ema_weights(): the parameters hold their averages, and their own "
-            "values are in the optimizer's state. Leave the block first."
-        )
+        raise inside_ema_weights(what)
+
+
+def inside_ema_weights(what: str) -> RuntimeError:
+    """Return the error."""
+    return RuntimeError(
+        f"{what} inside ema_weights(): the parameters hold their averages, and their own values "
+        "are in the optimizer's state. Leave the block first."
+    )

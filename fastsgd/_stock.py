@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -22,8 +21,20 @@ Step = Callable[..., Any]
 Routes = list[list[int]]
 
 
-def step_in_parts(optimizer: Optimizer, step_as_stock: Step, routes: Routes) -> None:
-    """Step the parameters that ``routes`` names in torch's code, then the others in the kernels."""
+def step_in_parts(
+    optimizer: Optimizer,
+    step_as_stock: Step,
+    routes: Routes,
+    extras: dict[str, Any] | None = None,
+) -> None:
+    """Step the parameters that ``routes`` names in torch's code, then the others in the kernels.
+
+    Args:
+        optimizer: The optimizer.
+        step_as_stock: Steps all parameters of one in torch's code.
+        routes: Who is to take which.
+        extras: What the kernels are to do around the rule, if that is known already.
+    """
     if not routes:
         step_as_stock(optimizer)
         return
@@ -32,60 +43,44 @@ def step_in_parts(optimizer: Optimizer, step_as_stock: Step, routes: Routes) -> 
         [group["params"][i] for i in route] for group, route in zip(groups, routes, strict=True)
     ]
     if any(theirs):
-        with_params(optimizer, theirs, step_as_stock)
-    if _C.step_rest(optimizer, routes):
+        _step_part(optimizer, step_as_stock, theirs)
+    known = () if extras is None else (extras["factor"], extras["ema_decay"])
+    if _C.step_rest(optimizer, routes, *known):
         return
     ours = [  # of which torch must take some after all
         [param for i, param in enumerate(group["params"]) if i not in route]
         for group, route in zip(groups, map(set, routes), strict=True)
     ]
-    with_params(optimizer, ours, partial(_step_the_rest, step_as_stock=step_as_stock))
+    changes = _params(groups, ours)
+    if extras is not None:
+        changes += attributes(optimizer, _extras=extras)
+    with_changes(changes, partial(_step_the_rest, optimizer, step_as_stock, extras))
 
 
-def _step_the_rest(optimizer: Optimizer, step_as_stock: Step) -> None:
+def _step_part(optimizer: Optimizer, step_as_stock: Step, params: list[list[Tensor]]) -> None:
+    """Step some parameters of each group.
+
+    Torch's code is given a stand-in, of the optimizer's class and with its states. The optimizer
+    itself stays whole: another thread may save a checkpoint meanwhile. Where it is of a class of
+    somebody's own, whose code may look at more of it, its groups have only those parameters until
+    they are stepped.
+    """
+    groups = optimizer.param_groups
+    if "_rule" not in vars(type(optimizer)):
+        with_changes(_params(groups, params), partial(step_as_stock, optimizer))
+        return
+    parts = [{**group, "params": part} for group, part in zip(groups, params, strict=True) if part]
+    stand_in = object.__new__(type(optimizer))
+    vars(stand_in).update(vars(optimizer), param_groups=parts)
+    step_as_stock(stand_in)
+
+
+def _step_the_rest(
+    optimizer: Optimizer, step_as_stock: Step, extras: dict[str, Any] | None
+) -> None:
     routes_left = _C.step_or_route(optimizer)
     if routes_left is not None:
-        step_in_parts(optimizer, step_as_stock, routes_left)
-
-
-def with_params(optimizer: Optimizer, params: list[list[Tensor]], call: Step) -> None:
-    """Call with a stand-in whose groups have these parameters; without groups that have none."""
-    groups = [
-        (group, part) for group, part in zip(optimizer.param_groups, params, strict=True) if part
-    ]
-    before = [{**group, "params": part} for group, part in groups]
-    parts = [dict(each) for each in before]
-    try:
-        with_stand_in(optimizer, call, param_groups=parts)
-    finally:
-        for (group, _), was, now in zip(groups, before, parts, strict=True):
-            group.update(_changes(was, now))
-
-
-def with_stand_in(optimizer: Optimizer, call: Step, **attributes: Any) -> None:
-    """Call with an optimizer of the same class, states and attributes, but for some.
-
-    The optimizer itself stays as it is: another thread that saves a checkpoint meanwhile sees all
-    of it, and nothing has to be put back. Other attributes that the call sets are its own after.
-    """
-    cls: Any = type(optimizer)
-    other = object.__new__(_without_end(cls) if hasattr(cls, "__del__") else cls)
-    before = {**vars(optimizer), **attributes}
-    vars(other).update(before)
-    try:
-        call(other)
-    finally:
-        vars(optimizer).update(_changes(before, vars(other)))
-
-
-@functools.lru_cache
-def _without_end(cls: Any) -> Any:
-    """Return a class whose objects do nothing at their end."""
-    return type(cls.__name__, (cls,), {"__del__": lambda _: None})
-
-
-def _changes(was: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    return {key: now[key] for key in now if key not in was or now[key] is not was[key]}
+        step_in_parts(optimizer, step_as_stock, routes_left, extras)
 
 
 def step_as_stock(optimizer: Optimizer, stock_step: Step) -> None:
@@ -150,6 +145,13 @@ def attributes(owner: object, **values: Any) -> list[Change]:
     """Return what changes those of these attributes that an object has to other values."""
     own = vars(owner)
     return [(own, name, own[name], value) for name, value in values.items() if name in own]
+
+
+def _params(groups: list[dict[str, Any]], params: list[list[Tensor]]) -> list[Change]:
+    return [
+        (group, "params", group["params"], replacement)
+        for group, replacement in zip(groups, params, strict=True)
+    ]
 
 
 def _flags(groups: list[dict[str, Any]]) -> list[Change]:

@@ -18,7 +18,6 @@ from fastsgd._stock import (
     params_of,
     step_in_parts,
     with_changes,
-    with_stand_in,
 )
 
 
@@ -53,11 +52,7 @@ def step_with_extras(optimizer: WithAverages, step_as_stock: Step, routes: Route
 
         bound = {key: extras[key] for key in ("clip_grad_value", "ema_dtype") if key in extras}
         for_kernels = {**bound, "factor": factor, "ema_decay": decay}
-        with_stand_in(
-            optimizer,
-            partial(step_in_parts, step_as_stock=step_part, routes=routes),
-            _extras=for_kernels,
-        )
+        step_in_parts(optimizer, step_part, routes, for_kernels)
         if decay is not None:  # of which the kernels may have counted their part
             note_averages(optimizer, averaged + 1)
 

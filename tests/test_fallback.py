@@ -625,11 +625,36 @@ def test_nobody_sees_a_part(row: Row, extras: dict[str, Any]) -> None:
         assert each[2:] == before[2:] and each[0] in (before[0], 7.0)
 
 
+def test_averages_put_in_place_in_torchs_part(row: Row) -> None:
+    """The kernels do not step averages, whoever put them there meanwhile."""
+    p, watched = Parameter(torch.ones(5)), Watched(torch.ones(3))
+    optimizer = row.ours([p, watched], **row.rich, max_grad_norm=1.0, ema_decay=0.5)
+    for _ in range(2):
+        p.grad, watched.grad = torch.ones(5), torch.ones(3)
+        optimizer.step()
+    block, before = optimizer.ema_weights(), p.detach().clone()
+
+    def enter() -> None:
+        Watched.act = None
+        block.__enter__()
+
+    Watched.act = enter
+    try:
+        with pytest.raises(RuntimeError, match=r"step\(\) inside ema_weights\(\)"):
+            optimizer.step()
+    finally:
+        Watched.act = None
+    block.__exit__(None, None, None)
+    assert_equal(p.detach(), before)
+
+
 def test_what_a_step_sets_stays(row: Row) -> None:
-    """Attributes and options that an own `_init_group` sets; and nothing ends with torch's part."""
+    """What an own `_init_group` sets, in slots too; and nothing ends with torch's part."""
     ends = []
 
     class Own(row.ours):  # type: ignore[misc, name-defined]
+        __slots__ = ("parts",)
+
         def _init_group(self, group: Any, *rest: Any) -> Any:
             self.parts = getattr(self, "parts", 0) + 1
             group["seen"] = group.get("seen", 0) + 1

@@ -155,6 +155,14 @@ def test_states_under_another_default_device(row: Row) -> None:
     with torch.device("meta"):
         mine, theirs = map(outcome, twins.sides)
     assert mine == theirs if isinstance(theirs, type) else not assert_equal(mine, theirs)
+    for p, q in twins.pairs():
+        counts = [o.state[x].get("step") for o, x in zip(twins.sides, (p, q), strict=True)]
+        if isinstance(counts[1], Tensor):
+            assert counts[0].device == counts[1].device
+    for p, q in twins.pairs():
+        counts = [o.state[x].get("step") for o, x in zip(twins.sides, (p, q), strict=True)]
+        if isinstance(counts[1], Tensor):
+            assert counts[0].device == counts[1].device
 
 
 def test_inside_a_transform(row: Row) -> None:
