@@ -179,12 +179,10 @@ PyMethodDef methods[] = {
      "Step every parameter of an optimizer and return None; or write nothing and return, for each "
      "group, the indices of the parameters that only stock's path can take (no groups: all)."},
     {"step_rest", fast_call(step_rest), METH_FASTCALL,
-     "Step every parameter but those that these routes name, which somebody else has stepped; with "
-     "the factor by which gradients are multiplied and the decay of averages (or None), if they "
-     "are "
-     "known: then nothing else is done around it but to clip by value. Returns whether it did; "
-     "where "
-     "not, nothing was written."},
+     "Step every parameter but those that these routes name, which somebody else has stepped. If "
+     "the factor of the gradients and the decay of averages (or None) are given, nothing else but "
+     "clipping by value is done around it. Returns whether it did; where not, nothing was "
+     "written."},
     {"zero_grad", fast_call(zero_grad), METH_FASTCALL,
      "Reset the gradients of an optimizer; return the parameters that are not plain tensors. Does "
      "nothing and returns None where someone profiles and is not `observed` to know it."},

@@ -239,22 +239,23 @@ def _check(param: Tensor, average: Any, dtype: torch.dtype | None = None) -> Non
 
 
 def _what_is_wrong(param: Tensor, average: Any, dtype: torch.dtype | None) -> Exception | None:
-    has = f"{_name(param)} has a state 'ema'"
+    kind: type[Exception] = RuntimeError
     if not isinstance(average, Tensor):
+        kind = TypeError
         text = f"that must be a Tensor, not {type(average).__name__}. Is the checkpoint corrupt?"
-        return TypeError(f"{has} {text}")
-    if param.shape != average.shape or param.device != average.device:
+    elif param.shape != average.shape or param.device != average.device:
         where = f"of shape {tuple(average.shape)} on {average.device}"
-        return RuntimeError(f"{has} {where}. Was the parameter's data swapped?")
-    of = f"{has} of {average.dtype}, which"
-    if not (average.is_floating_point() or average.is_complex()):
-        return RuntimeError(f"{of} no average has. Is the checkpoint corrupt?")
-    if dtype not in (None, average.dtype):
+        text = f"{where}. Was the parameter's data swapped?"
+    elif not (average.is_floating_point() or average.is_complex()):
+        text = f"of {average.dtype}, which no average has. Is the checkpoint corrupt?"
+    elif dtype not in (None, average.dtype):
         cure = "Was the parameter's data or its dtype changed?"
-        return RuntimeError(f"{of} must have {dtype}. {cure}")
-    if why := _C.why_not_written(_local(average)):
-        return RuntimeError(f"{has} that {why}")
-    return None
+        text = f"of {average.dtype}, which must have {dtype}. {cure}"
+    elif why := _C.why_not_written(_local(average)):
+        text = f"that {why}"
+    else:
+        return None
+    return kind(f"{_name(param)} has a state 'ema' {text}")
 
 
 def _why_not_back(param: Tensor, average: Tensor) -> Exception | None:
