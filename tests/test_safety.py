@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -324,14 +325,19 @@ def test_a_released_storage_outside_of_a_step() -> None:
     where = {
         "clip": "parameters[1]: the storage of its grad",
         "zero": "param_groups[0]['params'][1]: the storage of its grad",
-        "use_averages": "the storage of a parameter",
+        "use_averages": (
+            "the storage of a parameter",
+            "a parameter of shape (40, 30) on cpu has a state 'ema' that has a storage of 0 bytes",
+        ),
     }
     lines = said.splitlines()
     assert len(lines) == 3 * 4 * 4
     for line in lines:
         act, _, message = line.partition(" | ")
         assert message.startswith(where[act]), message
-        assert message.endswith("too few for its shape [40, 30]. Was it freed or resized?")
+        assert re.search(
+            r"too few for its shape( \[40, 30\])?\. Was it freed or resized\?$", message
+        )
 
 
 def test_a_storage_too_small() -> None:
