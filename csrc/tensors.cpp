@@ -58,6 +58,11 @@ bool lies_as_it_says(const c10::TensorImpl& tensor) {
          !tensor.is_python_dispatch() && !tensor.has_symbolic_sizes_strides();
 }
 
+std::string too_few_bytes(const c10::TensorImpl& tensor) {
+  return c10::str(tensor.storage().nbytes(), " bytes, too few for its shape ", tensor.sizes(),
+                  ". Was it freed or resized?");
+}
+
 bool is_expanded(const c10::TensorImpl& tensor) {
   if (!lies_as_it_says(tensor)) return false;
   const at::IntArrayRef sizes = tensor.sizes(), strides = tensor.strides();
@@ -171,8 +176,7 @@ std::string why_not_written(const c10::TensorImpl& tensor) {
   if (!tensor.version_counter().enabled() && !c10::InferenceMode::is_enabled()) return kInference;
   if (is_expanded(tensor)) return kExpanded;
   if (has_memory(tensor)) return {};
-  return c10::str("has a storage of ", tensor.storage().nbytes(),
-                  " bytes, too few for its shape. Was it freed or resized?");
+  return "has a storage of " + too_few_bytes(tensor);
 }
 
 Range reach(const c10::TensorImpl& tensor) {
@@ -184,8 +188,7 @@ Range reach(const c10::TensorImpl& tensor) {
 }
 
 void storage_too_small(const std::string& what, const c10::TensorImpl& tensor) {
-  TORCH_CHECK(false, what, " holds ", tensor.storage().nbytes(), " bytes, too few for its shape ",
-              tensor.sizes(), ". Was it freed or resized?");
+  TORCH_CHECK(false, what, " holds ", too_few_bytes(tensor));
 }
 
 void written_but_expanded(Place place, const Structure& structure, int stream) {

@@ -331,8 +331,8 @@ class _Exchange:
 
     def check_all_back(self) -> None:
         """Raise where a parameter could not be given its own values back."""
-        for wrong in self.spoilt:
-            raise wrong
+        if self.spoilt:
+            raise self.spoilt[0]
 
     def _in_kernels(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         params, averages = ([_local(pair[side]) for pair in pairs] for side in (0, 1))
