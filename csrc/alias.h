@@ -23,8 +23,8 @@ struct Use {
   bool writes;
 };
 
-// The pieces of work of which one writes what another uses, in ascending order. Sorts `uses`, of
-// which those of one piece meet none of its own.
+// The numbers of the pieces of work that write what another uses, or use what another writes;
+// ascending, each once. What one piece uses is not compared with itself. Sorts `uses`.
 std::vector<std::int64_t> find_meeting(std::vector<Use>& uses);
 
 // Makes ranges that meet one range.

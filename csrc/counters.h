@@ -52,13 +52,14 @@ class Counters {
     const int type = plain_.type_of(tensor);
     if (type > 1 || Fields::count(tensor) != 1 || !tensor.version_counter().enabled()) [[unlikely]]
       return false;
-    c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
+    c10::StorageImpl* storage = storage_of(tensor);
     const std::int64_t item_size = kItemSizes[type];
     const std::int64_t offset = Fields::offset(tensor) * item_size;
     if (static_cast<std::int64_t>(storage->nbytes()) < offset + item_size) [[unlikely]]
       return false;
     char* data = static_cast<char*>(storage->mutable_data()) + offset;
-    moved_ |= data != counters_[used_].data;
+    const Counter& last = counters_[used_];
+    moved_ |= data != last.data || (type == 1) != last.is_double;
     counters_[used_] = {&tensor, storage, data, type == 1};
     return true;
   }

@@ -80,7 +80,7 @@ constexpr void fill_kernels(Entry* table, Make make, List<R...>) {
 // The kernels of one instruction set, by number.
 struct KernelTable {
   const char* instruction_set;
-  Kernel step[kAllKernels];
+  Kernel by_number[kAllKernels];
   Measure squares[kStorages];
   Measure magnitude[kStorages];
 

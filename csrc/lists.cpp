@@ -17,13 +17,8 @@ namespace {
 // The storage type of a tensor whose memory says all about it, in whatever order; kStorages for any
 // other.
 int type_of(const c10::TensorImpl& tensor) {
-  int type = plain().type_of(tensor);
-  if (type == kStorages) {
-    if (!plain().is(tensor) || !tensor.is_non_overlapping_and_dense()) return kStorages;
-    const auto known = storage_type(tensor);
-    if (!known) return kStorages;
-    type = static_cast<int>(*known);
-  }
+  const int type = plain().type_of(tensor);
+  if (type == kStorages) return kStorages;
   const std::int64_t end = (Fields::offset(tensor) + Fields::count(tensor)) * kItemSizes[type];
   const auto held = static_cast<std::int64_t>(tensor.unsafe_storage().nbytes());
   return held < end ? kStorages : type;
@@ -77,8 +72,7 @@ NormOfAll norm_of_all(PyObject* list, bool of_grads, bool infinity) {
     }
     norm.any_double |= type == static_cast<int>(Storage::kDouble);
     ++norm.count;
-    char* elements = data_of(*impl.unsafe_storage().unsafeGetStorageImpl(), false) +
-                     Fields::offset(impl) * kItemSizes[type];
+    char* elements = data_of(*storage_of(impl), false) + Fields::offset(impl) * kItemSizes[type];
     const std::int64_t count = Fields::count(impl);
     if (count <= kPiece) {
       measured.add(measures[type](elements, count), order);
@@ -86,6 +80,7 @@ NormOfAll norm_of_all(PyObject* list, bool of_grads, bool infinity) {
     }
     if (spans.empty() || spans.back().kernel != type) {
       const auto first = static_cast<std::int64_t>(runs.size());
+      // The kernel of whatever rule: who measures asks it for the storage type alone.
       spans.push_back({type, nullptr, 0, kItemSizes[type], 2, -1, first, first});
     }
     Run& run = runs.emplace_back();

@@ -55,9 +55,6 @@ class Lookahead {
   static constexpr std::ptrdiff_t kVersionAt = sizeof(c10::intrusive_ptr_target);
   static constexpr std::size_t kNotes = 32;
 
-  static c10::StorageImpl* storage_of(const c10::TensorImpl& tensor) {
-    return tensor.unsafe_storage().unsafeGetStorageImpl();
-  }
   const c10::TensorImpl* param_at(Py_ssize_t ahead) const {
     return ahead < left_ && exact_tensor(items_[ahead]) ? impl_of(items_[ahead]) : nullptr;
   }
@@ -102,7 +99,8 @@ class GradsAhead {
   static constexpr std::size_t kStages = 5, kStage = 4, kKept = 32;
   static_assert(kStages * kStage < kKept);
 
-  // What is at a stage now, or was never found: the number of the first wraps around to those.
+  // What has come to a stage: the first of it was found `stage` * kStage turns ago. Before there
+  // were so many, the number wraps around to entries that are still empty.
   Found& found(std::size_t stage) { return found_[(last_ - stage * kStage) % kKept]; }
 
   FASTSGD_PREFETCHING void advance() {
@@ -125,7 +123,7 @@ class GradsAhead {
     }
     Found& fourth = found(3);
     if (fourth.grad != nullptr) {
-      fourth.storage = fourth.grad->unsafe_storage().unsafeGetStorageImpl();
+      fourth.storage = storage_of(*fourth.grad);
       prefetch<kStorageBytes>(fourth.storage);
       prefetch(object_of(*fourth.grad));
     }

@@ -28,8 +28,9 @@ struct PieceMeasured {
   bool not_finite;
   Scaled scaled;
 
-  // What its sum of squares was too large or too small for doubles by, if they are needed for it:
-  // then it is to be measured once more.
+  // How the elements must be scaled to be measured once more: down if their squares overflowed
+  // though all of them are finite, up if the sum of doubles' squares is so small that some may have
+  // lost digits; kNot if the sum is good.
   FASTSGD_LANE Scaled out_of_range(bool of_doubles) const {
     if (high - high != 0) return not_finite ? Scaled::kNot : Scaled::kDown;
     return of_doubles && high < kSmallSquares ? Scaled::kUp : Scaled::kNot;

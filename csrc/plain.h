@@ -1,5 +1,5 @@
 // What a plain tensor looks like from within: a dense tensor on some device and nothing else, so
-// that its data pointer says all about it.
+// that its data pointer and strides say all about it.
 //
 // A tensor's accessors ask at each call whether the tensor has ways of its own. A step reads
 // thousands of tensors that have none, and tells so by two words of each: its dispatch keys, and
@@ -60,12 +60,27 @@ class Fields : c10::TensorImpl {
   }
 };
 
-// The words of plain, contiguous tensors on one device.
+// A tensor to hold what is at hand as an implementation.
+inline at::Tensor tensor_of(c10::TensorImpl& tensor) {
+  return at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&tensor));
+}
+
+// For tensors that have one.
+inline c10::StorageImpl* storage_of(const c10::TensorImpl& tensor) {
+  return tensor.unsafe_storage().unsafeGetStorageImpl();
+}
+
+// What plain tensors can be that the kernels take as they lie in memory, without gaps: contiguous
+// ones of each storage type, and after these as many that are dense in another order of dimensions,
+// which their strides say, as channels-last.
+inline constexpr int kForms = 2 * kStorages;
+
+// The words of those on one device.
 struct Plain {
   std::uint64_t keys;            // the dispatch keys
   std::uint64_t inference_keys;  // of those made in inference mode
   std::uint64_t matters;         // the bits of a form in which they do not differ among themselves
-  std::uint64_t form[kStorages];
+  std::uint64_t form[kForms];
 
   std::uint64_t form_of(const c10::TensorImpl& tensor) const {
     return Fields::form(tensor) & matters;
@@ -75,24 +90,26 @@ struct Plain {
   bool is_inference(const c10::TensorImpl& tensor) const {
     return Fields::keys(tensor) == inference_keys;
   }
-  // The storage type of a plain, contiguous tensor; kStorages for any other.
+  // The storage type of a plain, dense tensor; kStorages for any other.
   int type_of(const c10::TensorImpl& tensor) const {
-    return Fields::keys(tensor) == keys ? storage_of(form_of(tensor)) : kStorages;
+    if (Fields::keys(tensor) != keys) return kStorages;
+    const int found = find(form_of(tensor));
+    return found == kForms ? kStorages : found % kStorages;
   }
-  // The storage type that has this form; kStorages if it is no contiguous tensor's of those types.
-  int storage_of(std::uint64_t of) const {
+  // The number of a form; kForms if it is none of these.
+  int find(std::uint64_t of) const {
     if (form[0] == of) [[likely]]
       return 0;
-    int type = 1;
-    while (type < kStorages && form[type] != of) ++type;
-    return type;
+    int number = 1;
+    while (number < kForms && form[number] != of) ++number;
+    return number;
   }
 };
 
 // Those on the CPU.
 const Plain& plain();
 
-// Those on another device. Makes tensors there, to look at.
-Plain plain_on(c10::Device device);
+// Those on any device. Makes tensors there, to look at, when it is first asked.
+const Plain& plain_on(c10::Device device);
 
 }  // namespace fastsgd

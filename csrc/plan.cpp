@@ -18,10 +18,6 @@ constexpr std::int64_t kWorthTheGil = 8 << 20;  // bytes: about a millisecond
 // GIL, and not much more than counting a holder in and out.
 constexpr std::int64_t kWorthHolding = 4 << 10;
 
-at::Tensor tensor_of(c10::TensorImpl& tensor) {
-  return at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&tensor));
-}
-
 // A tensor for a state, its memory laid out as stock's operators would lay it out.
 at::Tensor empty_state(const Birth& birth, c10::TensorImpl& param, c10::TensorImpl& grad) {
   if (birth.how == NewState::kFilled) {
@@ -48,12 +44,12 @@ at::Tensor new_state(const Birth& birth, c10::TensorImpl& param, c10::TensorImpl
   return state;
 }
 
-bool written(const Update& update, int stream) { return stream != kGrad || update.writes_grad; }
-
 }  // namespace
 
-// What keeps runs with a stream of float32 in spans of their own.
-int Plan::joining(Traits traits) { return traits.wide() < 0 ? 0 : kAllKernels; }
+// Those with a stream of float32 are in spans of their own.
+int Plan::span_key(int kernel, Traits traits) {
+  return traits.wide() < 0 ? kernel : kernel + kAllKernels;
+}
 
 void Plan::begin() {
   used_ = holders_used_ = owners_used_ = layouts_used_ = 0;
@@ -61,7 +57,7 @@ void Plan::begin() {
   counters_.begin();
   scalars_.clear();
   spans_.clear();
-  span_kernel_ = kNoKernel;
+  span_key_ = kNoKernel;
   rows_.clear();
   reserve();
   release();
@@ -129,7 +125,7 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
   bool moved = another;
   for (int s = 0; s < subject.streams; ++s) {
     c10::TensorImpl& tensor = *subject.tensor[s];
-    c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
+    c10::StorageImpl* storage = storage_of(tensor);
     const auto size = static_cast<std::int64_t>(tensor.itemsize());
     bytes[s] = (flat ? count : layout.extent(s)) * size;
     const std::int64_t offset = tensor.storage_offset() * size;
@@ -138,7 +134,7 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
           c10::str(at_place(place), ": the storage of ", stream_name(*update.structure, s)),
           tensor);
     }
-    run.stream[s] = data_of(*storage, written(update, s)) + offset;
+    run.stream[s] = data_of(*storage, update.writes(s)) + offset;
     moved |= run.stream[s] != last.stream[s];
     holders[s] = {&tensor, storage};
   }
@@ -154,8 +150,9 @@ bool Plan::add_checked(const Update& update, Place place, const Subject& subject
     runs_[used_] = run;
   }
   if (!flat) ++layouts_used_;
-  if (!flat || update.kernel + type + joining(traits) != span_kernel_ || update.row != span_row_) {
-    begin_span(update.kernel + type, update.row, flat ? nullptr : &layout, traits);
+  const int kernel = update.kernel + type;
+  if (!flat || span_key(kernel, traits) != span_key_ || update.row != span_row_) {
+    begin_span(kernel, update.row, flat ? nullptr : &layout, traits);
   }
   if (is_wide) bytes_ += count * (static_cast<std::int64_t>(sizeof(float)) - item_size);
   count_in(count * item_size, traits, owners);
@@ -168,7 +165,7 @@ void Plan::begin_span(int kernel, std::int32_t row, const Layout* layout, Traits
   spans_.push_back({kernel, layout, row, static_cast<std::int16_t>(traits.item_size()),
                     static_cast<std::int8_t>(traits.streams()),
                     static_cast<std::int8_t>(traits.wide()), first, first});
-  span_kernel_ = layout == nullptr ? kernel + joining(traits) : kNoKernel;
+  span_key_ = layout == nullptr ? span_key(kernel, traits) : kNoKernel;
   span_row_ = row;
 }
 
@@ -192,7 +189,7 @@ bool Plan::lay_out(const Update& update, Place place, const Subject& subject, La
   }
   layout.simplify(subject.streams);
   for (int s = 0; s < subject.streams; ++s) {
-    if (!written(update, s)) continue;
+    if (!update.writes(s)) continue;
     for (int d = 0; d < layout.dims; ++d) {
       if (layout.stride[d][s] == 0) written_but_expanded(place, *update.structure, s);
     }
@@ -207,7 +204,7 @@ bool Plan::add_single(const at::Tensor& single, int kernel) {
       !tensor.version_counter().enabled()) {
     return false;
   }
-  c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
+  c10::StorageImpl* storage = storage_of(tensor);
   const auto item_size = static_cast<std::int64_t>(tensor.itemsize());
   const std::int64_t offset = tensor.storage_offset() * item_size,
                      bytes = tensor.numel() * item_size;
@@ -227,13 +224,13 @@ bool Plan::add_single(const at::Tensor& single, int kernel) {
   runs_[used_].traits = traits.number;
   c10::TensorImpl* const owner = &tensor;
   holders_[holders_used_] = {&tensor, storage};
-  if (kernel != span_kernel_) begin_span(kernel, 0, nullptr, traits);
+  if (kernel != span_key_) begin_span(kernel, 0, nullptr, traits);
   count_in(bytes, traits, &owner);
   return true;
 }
 
 bool Plan::add_exchange(std::int64_t number, const at::Tensor& param, const at::Tensor& average) {
-  static constexpr Structure kBoth{.first = {"its data", "its state 'ema'"}};
+  static constexpr Structure kBoth{.before_states = {"its data", "its state 'ema'"}};
   if (rows_.empty()) rows_.emplace_back();
   const Update update{&kBoth, kExchange, 0, true};
   const Subject subject{{param.unsafeGetTensorImpl(), average.unsafeGetTensorImpl()}, 2};
@@ -249,13 +246,13 @@ void Plan::each_range(Use use) {
   for (const Span& span : spans_) {
     for (std::int64_t r = span.first; r < span.end; ++r) {
       const Run& run = runs_[static_cast<std::size_t>(r)];
-      const bool writes_grad = Traits(run).writes_grad();
+      const Traits traits(run);
       for (int s = 0; s < span.streams; ++s) {
         const std::int64_t items = span.layout != nullptr ? span.layout->extent(s) : run.count;
         if (items == 0) continue;
         const auto begin = reinterpret_cast<std::uintptr_t>(run.stream[s]);
         const Range range{begin, begin + static_cast<std::uintptr_t>(items * span.size_of(s))};
-        use(range, r, s != kGrad || writes_grad);
+        use(range, r, traits.writes(s));
       }
     }
   }
@@ -321,7 +318,7 @@ bool Plan::all_writes_allocated() const {
   for (std::size_t i = 0; i < used_; ++i) {
     const Traits traits(runs_[i]);
     for (int s = 0; s < traits.streams(); ++s, ++holder) {
-      if (s != kGrad || traits.writes_grad()) all &= is_allocated(*holder->storage);
+      if (traits.writes(s)) all &= is_allocated(*holder->storage);
     }
   }
   for (const auto& counter : counters_.kept()) all &= is_allocated(*counter.storage);

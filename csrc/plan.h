@@ -125,7 +125,7 @@ class Plan {
     int wide() const { return static_cast<int>(number >> 18) - 1; }
     int streams() const { return number & 0xff; }
     int item_size() const { return number >> 8 & 0xff; }
-    bool writes_grad() const { return (number >> 16 & 1) != 0; }
+    bool writes(int stream) const { return stream != kGrad || (number >> 16 & 1) != 0; }
   };
   // The objects behind one stream of one run.
   struct Holder {
@@ -142,7 +142,8 @@ class Plan {
   bool add_checked(const Update& update, Place place, const Subject& subject, Owners owners);
   bool lay_out(const Update& update, Place place, const Subject& subject, Layout& layout);
   inline void count_in(std::int64_t bytes, Traits traits, Owners owners);
-  static int joining(Traits traits);
+  // A run joins the last span if it has its key.
+  static int span_key(int kernel, Traits traits);
   void begin_span(int kernel, std::int32_t row, const Layout* layout, Traits traits);
   void reserve() {
     if (used_ == runs_.size()) [[unlikely]]
@@ -171,7 +172,7 @@ class Plan {
   std::vector<c10::TensorImpl*> owners_;
   std::size_t used_ = 0, holders_used_ = 0, owners_used_ = 0;
   std::vector<Span> spans_;
-  int span_kernel_ = kNoKernel;  // of the last span, and joining(), if the next run could join it
+  int span_key_ = kNoKernel;  // of the last span, if the next run could join it
   std::int32_t span_row_ = -1;
   std::vector<Row> rows_;
   std::deque<Layout> layouts_;  // a deque: spans point into it while it grows
@@ -226,7 +227,7 @@ void Plan::count_in(std::int64_t bytes, Traits traits, Owners owners) {
   const int streams = traits.streams();
   const std::size_t owners_before = owners_used_;
   for (int s = 0; s < streams; ++s) {
-    if (s != kGrad || traits.writes_grad()) owners_[owners_used_++] = owners[s];
+    if (traits.writes(s)) owners_[owners_used_++] = owners[s];
   }
   holders_used_ += static_cast<std::size_t>(streams);
   bytes_ += bytes * streams;
@@ -239,15 +240,15 @@ void Plan::count_in(std::int64_t bytes, Traits traits, Owners owners) {
 // same traits. One is only read, unless the traits say that it is written too.
 void Plan::note_moves(const Run& last, char* const* stream, Traits traits, const Holder& read) {
   for (int s = 0; s < traits.streams(); ++s) {
-    if (s != kGrad || traits.writes_grad()) moved_ |= last.stream[s] != stream[s];
+    if (traits.writes(s)) moved_ |= last.stream[s] != stream[s];
   }
   const bool own = is_alone(*read.tensor) && is_allocated(*read.storage) &&
                    c10::raw::intrusive_ptr::use_count(read.storage) == 1;
   (own ? own_read_moved_ : read_moved_) = true;
 }
 
-// The usual case, in few instructions: every tensor plain, contiguous, of one dtype and one shape,
-// its storage large enough and its own, and its writes counted. False where anything differs; then
+// The usual case, in few instructions: every tensor plain, dense, of one dtype and one layout, its
+// storage large enough and its own, and its writes counted. False where anything differs; then
 // nothing is noted.
 template <int kStreams>
 bool Plan::add_usual(const Update& update, const Subject& subject, Owners owners) {
@@ -262,12 +263,14 @@ bool Plan::add_usual(const Update& update, const Subject& subject, Owners owners
 
   const c10::TensorImpl& param = *subject.tensor[kParam];
   const std::uint64_t form = plain_.form_of(param);
-  const int type = plain_.storage_of(form);
+  const int found = plain_.find(form), type = found % kStorages;
+  const bool permuted = found >= kStorages;
   const std::int64_t count = Fields::count(param);
-  if (type == kStorages || (update.wide && kItemSizes[type] < 4)) [[unlikely]]
+  if (found == kForms || (update.wide && kItemSizes[type] < 4)) [[unlikely]]
     return false;
   const std::int64_t item_size = kItemSizes[type], bytes = count * item_size;
-  const at::IntArrayRef sizes = Fields::shape(param).sizes_arrayref();
+  const at::IntArrayRef sizes = Fields::shape(param).sizes_arrayref(),
+                        strides = Fields::shape(param).strides_arrayref();
   char* stream[kStreams];
   c10::StorageImpl* storage[kStreams];
 #pragma GCC unroll 8
@@ -275,18 +278,18 @@ bool Plan::add_usual(const Update& update, const Subject& subject, Owners owners
     const c10::TensorImpl& tensor = *subject.tensor[s];
     if (Fields::keys(tensor) != plain_.keys) [[unlikely]]
       return false;
-    if (s != kParam && (plain_.form_of(tensor) != form ||
-                        !same_sizes(Fields::shape(tensor).sizes_arrayref(), sizes))) [[unlikely]] {
+    const auto& shape = Fields::shape(tensor);
+    if (s != kParam &&
+        (plain_.form_of(tensor) != form || !same_sizes(shape.sizes_arrayref(), sizes) ||
+         (permuted && !same_sizes(shape.strides_arrayref(), strides)))) [[unlikely]]
       return false;
-    }
-    storage[s] = tensor.unsafe_storage().unsafeGetStorageImpl();
+    storage[s] = storage_of(tensor);
     const std::int64_t offset = Fields::offset(tensor) * item_size;
     if (static_cast<std::int64_t>(storage[s]->nbytes()) < offset + bytes) [[unlikely]]
       return false;
-    const bool written = s != kGrad || update.writes_grad;
-    if (written && !owners[s]->version_counter().enabled()) [[unlikely]]
+    if (update.writes(s) && !owners[s]->version_counter().enabled()) [[unlikely]]
       return false;
-    stream[s] = data_of(*storage[s], written) + offset;
+    stream[s] = data_of(*storage[s], update.writes(s)) + offset;
   }
 
   Run& run = runs_[used_];
@@ -312,7 +315,7 @@ bool Plan::add_usual(const Update& update, const Subject& subject, Owners owners
 #pragma GCC unroll 8
   for (int s = 0; s < kStreams; ++s) holders[s] = {subject.tensor[s], storage[s]};
   const int kernel = update.kernel + type;
-  if (kernel != span_kernel_ || update.row != span_row_) [[unlikely]]
+  if (kernel != span_key_ || update.row != span_row_) [[unlikely]]
     begin_span(kernel, update.row, nullptr, traits);
   count_in(bytes, traits, owners);
   return true;

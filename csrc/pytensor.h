@@ -15,6 +15,12 @@ inline PyObject* checked(PyObject* object) {
   return object;
 }
 
+inline bool is_true(PyObject* object) {
+  const int truth = PyObject_IsTrue(object);
+  if (truth < 0) throw python_error();
+  return truth != 0;
+}
+
 // Whether a class is one of parameters that changes nothing of what a tensor does or has, and so
 // means by its data what Parameter means. Runs no Python code.
 bool is_plain_parameter_class(PyTypeObject* type);

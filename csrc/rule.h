@@ -75,9 +75,8 @@ struct Structure {
   int count = 0;
   int number[kMaxStates] = {};  // in the rule's states
   State state[kMaxStates] = {};
-  int average = -1;  // its place, if there is one
-  // The streams before the states, for messages.
-  const char* first[2] = {"its data", "its grad"};
+  int average = -1;                                         // its place, if there is one
+  const char* before_states[2] = {"its data", "its grad"};  // those streams, for messages
 };
 inline constexpr State kAverageState = {"ema"};
 

@@ -15,12 +15,6 @@ PyObject* attribute(PyObject* object, const char* name) {
   return checked(PyObject_GetAttrString(object, name));
 }
 
-bool is_true(PyObject* object) {
-  const int truth = PyObject_IsTrue(object);
-  if (truth < 0) throw python_error();
-  return truth != 0;
-}
-
 }  // namespace
 
 void LocalShards::learn(PyObject* object) {

@@ -52,10 +52,11 @@ bool can_be_lerped(at::ScalarType state, const c10::TensorImpl& grad, const c10:
   return state == c10::promoteTypes(of_grad, c10::typeMetaToScalarType(param.dtype()));
 }
 
-// Whether sizes and strides say where in its storage a tensor's elements lie.
+// Whether sizes and strides say where in its storage a tensor's elements lie. Of one that would
+// answer by Python code nothing is asked.
 bool lies_as_it_says(const c10::TensorImpl& tensor) {
-  return tensor.has_storage() && tensor.layout() == at::kStrided && !tensor.is_nested() &&
-         !tensor.is_python_dispatch() && !tensor.has_symbolic_sizes_strides();
+  return !tensor.is_python_dispatch() && tensor.has_storage() && tensor.layout() == at::kStrided &&
+         !tensor.is_nested() && !tensor.has_symbolic_sizes_strides();
 }
 
 std::string too_few_bytes(const c10::TensorImpl& tensor) {
@@ -63,16 +64,7 @@ std::string too_few_bytes(const c10::TensorImpl& tensor) {
                   ". Was it freed or resized?");
 }
 
-bool is_expanded(const c10::TensorImpl& tensor) {
-  if (!lies_as_it_says(tensor)) return false;
-  const at::IntArrayRef sizes = tensor.sizes(), strides = tensor.strides();
-  for (std::size_t d = 0; d < sizes.size(); ++d) {
-    if (strides[d] == 0 && sizes[d] > 1) return true;
-  }
-  return false;
-}
-
-// Of the last of those elements; 0 where there are none.
+// Where in the storage, in bytes, the last of those elements ends; 0 where there are none.
 std::size_t end_in_storage(const c10::TensorImpl& tensor) {
   return at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.itemsize(),
                                           static_cast<std::size_t>(tensor.storage_offset()));
@@ -98,7 +90,7 @@ std::string at_place(Place place) {
 }
 
 std::string stream_name(const Structure& structure, int stream) {
-  if (stream < kState) return structure.first[stream];
+  if (stream < kState) return structure.before_states[stream];
   return c10::str("its state '", structure.state[stream - kState].name, "'");
 }
 
@@ -115,8 +107,7 @@ bool check_kinds(const Plain& plain, Place place, const Update& update, const Su
     TORCH_CHECK(tensor.device() == param.device(), at_place(place), " is on ", param.device(),
                 " but ", name(), " is on ", tensor.device(),
                 ". Expected all tensors to be on the same device.");
-    const bool written = s != kGrad || update.writes_grad;
-    if (written && owners[s] != nullptr && !owners[s]->version_counter().enabled()) {
+    if (update.writes(s) && owners[s] != nullptr && !owners[s]->version_counter().enabled()) {
       check_inference_mode(place, name());
     }
     if (!plain.is(tensor) && !plain.is_inference(tensor)) {
@@ -170,6 +161,26 @@ void check_counter(Place place, const c10::TensorImpl& counter) {
 bool has_memory(const c10::TensorImpl& tensor) {
   if (!lies_as_it_says(tensor) || tensor.is_meta()) return true;
   return tensor.unsafe_storage().nbytes() >= end_in_storage(tensor);
+}
+
+bool is_expanded(const c10::TensorImpl& tensor) {
+  if (!lies_as_it_says(tensor)) return false;
+  const at::IntArrayRef sizes = tensor.sizes(), strides = tensor.strides();
+  for (std::size_t d = 0; d < sizes.size(); ++d) {
+    if (strides[d] == 0 && sizes[d] > 1) return true;
+  }
+  return false;
+}
+
+std::string why_not_zeroed(const at::Tensor& grad) {
+  if (grad.is_inference() && !c10::InferenceMode::is_enabled()) {
+    return "is an inference tensor. Inplace update to inference tensor outside InferenceMode is "
+           "not allowed";
+  }
+  if (grad.requires_grad() && grad.grad_fn() != nullptr && grad.is_view()) {
+    return "is a view in a graph. Can't detach views in-place, so it cannot be zeroed";
+  }
+  return {};
 }
 
 std::string why_not_written(const c10::TensorImpl& tensor) {

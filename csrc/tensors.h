@@ -37,6 +37,8 @@ struct Update {
   bool writes_grad = false;
   bool adds_param = false;  // to the gradient
   bool wide = false;        // averages of parameters of 16 bits are float32
+
+  bool writes(int stream) const { return stream != kGrad || writes_grad; }
 };
 
 // How the kernels call the tensor's dtype, if they know it.
@@ -87,6 +89,12 @@ void check_counter(Place place, const c10::TensorImpl& counter);
 
 // Whether memory is there for all elements of a tensor; true where only the tensor itself can tell.
 bool has_memory(const c10::TensorImpl& tensor);
+// Whether several elements are one in memory, as expand() has it; false where only the tensor can
+// tell.
+bool is_expanded(const c10::TensorImpl& tensor);
+// Why a gradient cannot be cleared by zeros, to follow its name and go before the cure; empty if
+// nothing is known against it.
+std::string why_not_zeroed(const at::Tensor& grad);
 // Why a tensor cannot be written, to follow its name; empty if nothing is known against it.
 std::string why_not_written(const c10::TensorImpl& tensor);
 // The memory in which the elements of a tensor with a storage lie; all of that where only the

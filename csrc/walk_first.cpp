@@ -115,7 +115,7 @@ bool Walker::plan_first_on_device(cuda::DeviceWork& work, Group& group, Place pl
     work.plan.counters().keep();
   } else if (begins) {
     // The device may skip the step that would write it, or do it later.
-    at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(subject.tensor[kState])).zero_();
+    tensor_of(*subject.tensor[kState]).zero_();
     work.note_first_step(work.first_steps.begin(work.device(), creation.value[0]));
   } else {  // all but its average were there
     work.note_first_step(work.first_steps.find(*owners[kState]));
@@ -131,8 +131,7 @@ at::Tensor Walker::counter_on(cuda::DeviceWork& work, Place place, c10::TensorIm
   TORCH_CHECK(!work.device().captures(), at_place(place),
               ": its state 'step' is on the CPU, from where the first step brings it to the "
               "device, and a graph is being captured. Take one step before the capture.");
-  return at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(&counter))
-      .to(work.device().tensors(), /*non_blocking=*/true);
+  return tensor_of(counter).to(work.device().tensors(), /*non_blocking=*/true);
 }
 
 // Stock keeps counters in float64 where that is the default dtype. Undefined where only stock can

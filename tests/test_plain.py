@@ -71,6 +71,24 @@ def test_plain(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert _C.is_plain(tensor)
 
 
+PERMUTED = {
+    "transposed": lambda: torch.ones(3, 5).t(),
+    "rolled": lambda: torch.ones(2, 3, 5).permute(1, 2, 0),
+    "channels_last": lambda: torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "channels_last_1x1": lambda: torch.ones(2, 3, 1, 5).to(memory_format=torch.channels_last),
+    "channels_last_3d": lambda: torch.ones(1, 2, 3, 4, 5).to(memory_format=torch.channels_last_3d),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("make", PERMUTED.values(), ids=PERMUTED)
+def test_permuted(make, dtype: torch.dtype) -> None:
+    """Dense in another order of dimensions than the usual one."""
+    tensor = make().to(dtype)
+    assert not tensor.is_contiguous()
+    assert _C.is_plain(tensor)
+
+
 class Subclass(Tensor):
     """A tensor whose operators are Python code."""
 
@@ -96,11 +114,8 @@ def inference() -> Tensor:
 
 
 NOT_PLAIN = {
-    "transposed": lambda: torch.ones(3, 5).t(),
     "sliced": lambda: torch.ones(3, 5)[:, :2],
     "expanded": lambda: torch.ones(3, 1).expand(3, 5),
-    "channels_last": lambda: torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last),
-    "channels_last_3d": lambda: torch.ones(1, 2, 3, 4, 5).to(memory_format=torch.channels_last_3d),
     "int": lambda: torch.ones(3, 5, dtype=torch.int32),
     "bool": lambda: torch.ones(3, 5, dtype=torch.bool),
     "complex": lambda: torch.ones(3, 5, dtype=torch.complex64),

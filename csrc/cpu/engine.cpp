@@ -24,7 +24,7 @@ void zero(const Row&, const Around&, const Run* run, std::int64_t runs) {
 }
 
 Kernel kernel_of(const Span& span) {
-  return span.kernel == kZero ? zero : kernels().step[span.kernel];
+  return span.kernel == kZero ? zero : kernels().by_number[span.kernel];
 }
 
 void execute_part(const Span& span, const Run& run, const Row& row, const Around& around,

@@ -68,7 +68,7 @@ FASTSGD_LANE void fetch(const Run& run, int streams) {
   }
 }
 
-// All elements of each run: registers while they fit, then single elements.
+// All elements of a run: registers while they fit, then single elements.
 template <class Register, class Scalar, class Wide, class Narrow>
 FASTSGD_LANE void go_over(std::int64_t count, Wide wide, Narrow narrow) {
   constexpr std::int64_t kLanes = sizeof(Register) / sizeof(Scalar);
@@ -171,14 +171,14 @@ void exchange(const Row&, const Around&, const Run* run, std::int64_t runs) {
 constexpr KernelTable table(const char* instruction_set) {
   KernelTable table{instruction_set, {}, {}, {}};
   each_storage([&]<class T>(int type) {
-    table.step[kAverage + type] = average<T>;
-    table.step[kScale + type] = scale<T>;
-    table.step[kExchange + type] = exchange<T>;
+    table.by_number[kAverage + type] = average<T>;
+    table.by_number[kScale + type] = scale<T>;
+    table.by_number[kExchange + type] = exchange<T>;
     table.squares[type] = squares<T>;
     table.magnitude[type] = magnitude<T>;
   });
   fill_kernels(
-      table.step,
+      table.by_number,
       []<class R, int kStructure, class T>(Instance<R, kStructure, T>) {
         return step<R, kStructure, T>;
       },

@@ -201,8 +201,8 @@ PieceMeasured magnitude(const char* memory, std::int64_t count) {
     const Scalar x = to_scalar(from[at]);
     greatest = lane::max(greatest, lane::max(x, -x));
   }
-  const double found = greatest;
-  return {found < 0 ? -found : found + 0.0, 0, found - found != 0, Scaled::kNot};
+  const double found = greatest;  // which may be -0, and is never less
+  return {found + 0.0, 0, found - found != 0, Scaled::kNot};
 }
 
 }  // namespace

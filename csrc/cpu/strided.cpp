@@ -121,7 +121,8 @@ void execute_tiles(Kernel kernel, const Span& span, const Run& run, const Row& r
   alignas(64) char tile[kMaxStreams][kTile * sizeof(double)];
   bool flat[kMaxStreams];
   for (int s = 0; s < span.streams; ++s) flat[s] = layout.flat(s);
-  const bool writes_second = is_exchange(span.kernel) || around.writes_grad();
+  const bool writes_second =
+      is_exchange(span.kernel) || (is_step(span.kernel) && around.writes_grad());
   for (std::int64_t count; begin < end; begin += count) {
     count = std::min(end - begin, std::int64_t{kTile});
     const Position position(layout, begin);
