@@ -110,11 +110,21 @@ PyObject* step(PyObject*, PyObject* optimizer) {
   });
 }
 
-PyObject* step_or_route(PyObject*, PyObject* optimizer) {
+// A factor and a decay, or neither, that follow other arguments.
+std::optional<Known> known_of(PyObject* const* arguments, Py_ssize_t count) {
+  if (count == 0) return {};
+  TORCH_CHECK_TYPE(count == 2, "takes a factor and a decay, or neither, after what is stepped");
+  return Known{py::cast<double>(py::handle(arguments[0])),
+               py::cast<std::optional<double>>(py::handle(arguments[1]))};
+}
+
+PyObject* step_or_route(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return with_memory_errors([&]() -> PyObject* {
-    const WalkersOf walkers(optimizer);
+    TORCH_CHECK_TYPE(count >= 1, "step_or_route takes an optimizer");
+    const std::optional<Known> known = known_of(arguments + 1, count - 1);
+    const WalkersOf walkers(arguments[0]);
     Walker& walker = walkers.idle();
-    if (walker.step(optimizer)) Py_RETURN_NONE;
+    if (walker.step(arguments[0], known ? &*known : nullptr)) Py_RETURN_NONE;
     const Routes routes = walker.routes();  // making lists may run Python code, which may step
     return py::cast(routes).release().ptr();
   });
@@ -122,28 +132,23 @@ PyObject* step_or_route(PyObject*, PyObject* optimizer) {
 
 PyObject* step_rest(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return with_memory_errors([&] {
-    TORCH_CHECK_TYPE(count == 2 || count == 4,
-                     "step_rest takes an optimizer and routes; and a factor and a decay");
+    TORCH_CHECK_TYPE(count >= 2, "step_rest takes an optimizer and routes");
+    const auto taken = py::cast<Routes>(py::handle(arguments[1]));
+    const std::optional<Known> known = known_of(arguments + 2, count - 2);
     const WalkersOf walkers(arguments[0]);
-    Taken taken{py::cast<Routes>(py::handle(arguments[1])), {}};
-    if (count == 4) {
-      taken.known = Known{py::cast<double>(py::handle(arguments[2])),
-                          py::cast<std::optional<double>>(py::handle(arguments[3]))};
-    }
-    return PyBool_FromLong(walkers.idle().step(arguments[0], &taken));
+    return PyBool_FromLong(walkers.idle().step(arguments[0], known ? &*known : nullptr, &taken));
   });
 }
 
 PyObject* zero_grad(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return with_memory_errors([&]() -> PyObject* {
     TORCH_CHECK_TYPE(count == 3, "zero_grad takes an optimizer and two bools");
-    const int set_to_none = PyObject_IsTrue(arguments[1]), observed = PyObject_IsTrue(arguments[2]);
-    if (set_to_none < 0 || observed < 0) throw python_error();
+    const bool set_to_none = is_true(arguments[1]), observed = is_true(arguments[2]);
     if (!observed && at::hasCallbacks()) Py_RETURN_NONE;
     const Ref list = Ref::steal(checked(PyList_New(0)));
     const WalkersOf walkers(arguments[0]);
     std::vector<Ref> others;
-    if (!walkers.idle().zero_grad(arguments[0], set_to_none != 0, others)) Py_RETURN_NOTIMPLEMENTED;
+    if (!walkers.idle().zero_grad(arguments[0], set_to_none, others)) Py_RETURN_NOTIMPLEMENTED;
     for (const Ref& other : others) {
       if (PyList_Append(list.get(), other.get()) != 0) throw python_error();
     }
@@ -175,17 +180,22 @@ PyMethodDef methods[] = {
      "Step every parameter of an optimizer that has no hooks and is not profiled, and of which "
      "stock's path took none at the last step. Returns whether it did; where not, nothing was "
      "written."},
-    {"step_or_route", step_or_route, METH_O,
+    {"step_or_route", fast_call(step_or_route), METH_FASTCALL,
      "Step every parameter of an optimizer and return None; or write nothing and return, for each "
-     "group, the indices of the parameters that only stock's path can take (no groups: all)."},
+     "group, the indices of the parameters that only stock's path can take. No groups: all of "
+     "them. "
+     "Groups without any: none, but Python must find the norm first and call again. If the factor "
+     "of the gradients and the decay of averages (or None) are given, nothing else but clipping by "
+     "value is done around the rule."},
     {"step_rest", fast_call(step_rest), METH_FASTCALL,
-     "Step every parameter but those that these routes name, which somebody else has stepped. If "
-     "the factor of the gradients and the decay of averages (or None) are given, nothing else but "
-     "clipping by value is done around it. Returns whether it did; where not, nothing was "
-     "written."},
+     "The same of every parameter but those that these routes name, which somebody else has "
+     "stepped. Returns whether it did; where not, nothing was written."},
     {"zero_grad", fast_call(zero_grad), METH_FASTCALL,
-     "Reset the gradients of an optimizer; return the parameters that are not plain tensors. Does "
-     "nothing and returns None where someone profiles and is not `observed` to know it."},
+     "Reset the gradients of an optimizer; return the parameters that are left to Python, as they "
+     "or their gradients are of a class of their own. Does nothing and returns NotImplemented "
+     "where "
+     "the groups are kept in some way of their own, and None where someone profiles and is not "
+     "`observed` to know it."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
@@ -209,8 +219,9 @@ PYBIND11_MODULE(_C, module) {
       [](const at::Tensor& tensor) {
         return fastsgd::plain().type_of(*tensor.unsafeGetTensorImpl()) != fastsgd::kStorages;
       },
-      "Whether a tensor is what the kernels take without a closer look: dense, contiguous, on the "
-      "CPU and of a dtype that they know.");
+      "For tests: whether a tensor is what the kernels take without a closer look: dense, on the "
+      "CPU and of a "
+      "dtype that they know.");
   module.def(
       "emulate_device",
       [](bool on, bool captures) {
@@ -235,7 +246,7 @@ PYBIND11_MODULE(_C, module) {
              "The total norm of the gradients at an optimizer's last step; None before.");
   module.def("skipped_steps", &fastsgd::skipped_steps, "How many steps an optimizer has skipped.");
   module.def("decay", &fastsgd::decay,
-             "What an optimizer's schedule of ema_decay said to step_or_route, which asks it.");
+             "What an optimizer's schedule of ema_decay said when a step last asked it.");
   module.def(
       "note", &fastsgd::note,
       "Note the norm that Python has found for an optimizer, and whether it skips the step.");
@@ -272,6 +283,10 @@ PYBIND11_MODULE(_C, module) {
         return fastsgd::why_not_written(*tensor.unsafeGetTensorImpl());
       },
       "Why a tensor cannot be written, to follow its name; empty if nothing is known against it.");
+  module.def(
+      "why_not_zeroed", &fastsgd::why_not_zeroed,
+      "Why a gradient cannot be cleared by zeros, to follow its name and go before the cure; "
+      "empty if nothing is known against it.");
   module.def(
       "exchange", &fastsgd::exchange_all,
       "Exchange the contents of parameters and their averages; return the numbers of the pairs "

@@ -16,12 +16,6 @@ double number(PyObject* object) {
   return value;
 }
 
-bool truth(PyObject* object) {
-  const int value = PyObject_IsTrue(object);
-  if (value < 0) throw python_error();
-  return value != 0;
-}
-
 }  // namespace
 
 const Extras& ExtrasReader::read(PyObject* attributes) {
@@ -45,10 +39,6 @@ void ExtrasReader::read_dict(PyObject* dict) {
   if (PyObject* order = order_.optional_in(dict)) {
     seen_.order = std::isinf(number(order)) ? Order::kInfinity : Order::kTwo;
   }
-  if (PyObject* factor = factor_.optional_in(dict)) {
-    seen_.has_factor = true;
-    seen_.factor = number(factor);
-  }
   if (PyObject* bound = bound_.optional_in(dict)) {
     seen_.bounds = true;
     seen_.bound = number(bound);
@@ -62,18 +52,18 @@ void ExtrasReader::read_dict(PyObject* dict) {
     }
   }
   seen_.wide = wide_.optional_in(dict) != nullptr;
-  if (PyObject* raises = raises_.optional_in(dict)) seen_.raises = truth(raises);
-  if (PyObject* skips = skips_.optional_in(dict)) seen_.skips = truth(skips);
+  if (PyObject* raises = raises_.optional_in(dict)) seen_.raises = is_true(raises);
+  if (PyObject* skips = skips_.optional_in(dict)) seen_.skips = is_true(skips);
   seen_.swapped = swapped_.optional_in(dict) != nullptr;
   if (PyObject* clear = clear_.optional_in(dict)) {
     if (PyUnicode_Check(clear)) {
       seen_.clear = Extras::Clear::kToZero;
-    } else if (truth(clear)) {
+    } else if (is_true(clear)) {
       seen_.clear = Extras::Clear::kToNone;
     }
   }
-  seen_.any = seen_.clips || seen_.has_factor || seen_.bounds || seen_.averages || seen_.raises ||
-              seen_.skips || seen_.clear != Extras::Clear::kKeep;
+  seen_.any = seen_.clips || seen_.bounds || seen_.averages || seen_.raises || seen_.skips ||
+              seen_.clear != Extras::Clear::kKeep;
 }
 
 Averaged ExtrasReader::averaged(PyObject* attributes) {

@@ -17,7 +17,7 @@ struct Extras {
   enum class Clear : std::uint8_t { kKeep, kToNone, kToZero };
 
   bool any = false;
-  // Clipping. The factor is here if it is known already, and no norm is to be computed.
+  // Clipping. The factor is here if Python has found it, and no norm is to be computed.
   bool clips = false;
   double max_norm = 0;
   Order order = Order::kTwo;
@@ -72,7 +72,7 @@ class ExtrasReader {
   DictKey extras_{"_extras"}, averaged_{"_ema_steps"}, max_norm_{"max_grad_norm"},
       order_{"norm_type"}, raises_{"error_if_nonfinite"}, bound_{"clip_grad_value"},
       skips_{"skip_nonfinite"}, decay_{"ema_decay"}, wide_{"ema_dtype"}, clear_{"clear_grads"},
-      factor_{"factor"}, swapped_{"swapped"};
+      swapped_{"swapped"};
   Extras none_, seen_;
   std::uint64_t version_ = 0;
 };

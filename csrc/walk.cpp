@@ -18,7 +18,8 @@ namespace {
 
 PyObject* globals_of_hooks = nullptr;  // kept for good
 
-// Dictionaries in which torch keeps hooks.
+// Whether a dictionary of torch's has any hooks; true of what is none, as then only Python can
+// tell.
 bool any_in(PyObject* hooks) {
   return hooks == nullptr || !PyDict_Check(hooks) || PyDict_Size(hooks) != 0;
 }
@@ -30,12 +31,12 @@ bool any_global_hook() {
   return any_in(pre.in(globals_of_hooks)) || any_in(post.in(globals_of_hooks));
 }
 
-bool is_empty(const Routes& routes) {
-  return std::all_of(routes.begin(), routes.end(), [](const auto& route) { return route.empty(); });
-}
-
+// Whether both name the same parameters; one may name groups at its end of which it names none.
 bool same_routes(const Routes& a, const Routes& b) {
-  return a == b || (is_empty(a) && is_empty(b));
+  if (a.size() > b.size()) return same_routes(b, a);
+  const auto rest = b.begin() + static_cast<std::ptrdiff_t>(a.size());
+  return std::equal(a.begin(), a.end(), b.begin()) &&
+         std::all_of(rest, b.end(), [](const auto& route) { return route.empty(); });
 }
 
 }  // namespace
@@ -114,7 +115,7 @@ bool Walker::plan_all(PyObject* groups, PyObject* state) {
 
 // Plans a step, or finds who else must take it.
 Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defaults,
-                              PyObject* attributes, const Taken* taken) {
+                              PyObject* attributes, const Routes* taken) {
   if (groups == nullptr || !PyList_CheckExact(groups)) return Way::kStock;
   if (state == nullptr || !is_dict_of_dicts(state)) return Way::kStock;
   if (defaults == nullptr || !PyDict_Check(defaults)) return Way::kStock;
@@ -133,7 +134,7 @@ Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defau
   }
 
   cpu_keys_ = cuda::emulated() ? 0 : plain().keys;
-  grads_are_new_ = std::exchange(new_grads_, false);
+  met_new_grads_ = std::exchange(meets_new_grads_, false);
   if (taken == nullptr) apart_.clear();
   if (!plan_all(groups, state)) return Way::kStock;
   // Duplicates and overlaps are in order where only stock knows that: it takes the parameters that
@@ -152,11 +153,11 @@ Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defau
   if (extras_->measures() && routes_.empty() && norm_is_apart()) {
     routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
   }
-  const bool all = taken == nullptr ? routes_.empty() : same_routes(routes_, taken->routes);
+  const bool all = taken == nullptr ? routes_.empty() : same_routes(routes_, *taken);
   return all ? Way::kKernels : Way::kParts;
 }
 
-bool Walker::step(PyObject* optimizer, const Taken* taken) {
+bool Walker::step(PyObject* optimizer, const Known* known, const Routes* taken) {
   const Busy guard(busy);
   const Cleanup cleanup{*this};
   Ref kept = Ref::borrow(attributes_of(optimizer));
@@ -165,8 +166,8 @@ bool Walker::step(PyObject* optimizer, const Taken* taken) {
     TORCH_CHECK(!extras_->swapped,
                 "step() inside ema_weights(): the parameters hold their averages. Leave the block "
                 "before the next step.");
-    if (taken == nullptr || !taken->known) return;
-    known_extras_ = extras_->with(taken->known->factor, taken->known->decay);
+    if (known == nullptr) return;
+    known_extras_ = extras_->with(known->factor, known->decay);
     extras_ = &known_extras_;
   };
   read_extras();
@@ -202,6 +203,13 @@ bool Walker::step(PyObject* optimizer, const Taken* taken) {
   if (steps) take_step(attributes);
   if (extras_->clear != Extras::Clear::kKeep) clear(groups.get(), steps);
   return true;
+}
+
+bool Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& others) {
+  const Busy guard(busy);
+  const Cleanup cleanup{*this};
+  const Ref groups = Ref::borrow(param_groups_.optional_in(attributes_of(optimizer)));
+  return !foreign_ && grad_reset_.reset(groups.get(), set_to_none, others);
 }
 
 // Keeps alive all that the step is of: Python code may run meanwhile.
@@ -249,12 +257,10 @@ void Walker::leave_to_stock(Place place, PyObject* param) {
   const auto note = [&](const auto& self, c10::TensorImpl* tensor) -> void {
     if (tensor == nullptr || tensor == c10::UndefinedTensorImpl::singleton()) return;
     PyObject* object = object_of(*tensor);
-    if (object != nullptr && LocalShards::is(object)) {
-      tensor = LocalShards::memory(object);
-    } else if (tensor->is_python_dispatch()) {
-      hidden_ = true;
-    }
-    if (tensor->layout() == at::kSparse && !tensor->is_python_dispatch()) {
+    if (object != nullptr && LocalShards::is(object)) tensor = LocalShards::memory(object);
+    const bool may_ask = !tensor->is_python_dispatch();  // else that would run Python code
+    if (!may_ask) hidden_ = true;
+    if (may_ask && tensor->layout() == at::kSparse) {
       const auto* sparse = static_cast<const at::SparseTensorImpl*>(tensor);
       self(self, sparse->indices().unsafeGetTensorImpl());
       self(self, sparse->values().unsafeGetTensorImpl());

@@ -18,21 +18,18 @@
 #include "shards.h"
 #include "states.h"
 #include "strangers.h"
+#include "zero_grad.h"
 
 namespace fastsgd {
 
 // For each group, the indices of the parameters that only stock's path can take.
 using Routes = std::vector<std::vector<std::int64_t>>;
 
-// What stock has taken of a step; and what is known of the rest by then, if anything is done around
-// it: the factor of the gradients, and the decay of the averages.
+// What Python has found out for a step of which stock takes a part: the factor of the gradients,
+// and the decay of the averages.
 struct Known {
   double factor;
   std::optional<double> decay;
-};
-struct Taken {
-  Routes routes;
-  std::optional<Known> known;
 };
 
 // What an optimizer keeps between steps: memory, and hints of where things were. Nothing that it
@@ -50,10 +47,14 @@ class Walker {
   bool unobserved(PyObject* optimizer);
 
   // Steps everything and returns true; or writes nothing and returns false, where stock must take a
-  // part: routes() says which, and is empty where that is all. Throws before anything is written.
-  // `taken`, if given: what stock has taken of this very step; then the rest is everything, and is
-  // stepped only if that is just what stock must take.
-  bool step(PyObject* optimizer, const Taken* taken = nullptr);
+  // part: routes() says which. It is empty where stock must take all. Where it has groups, and all
+  // of them are empty, the kernels can take everything, but Python must find the norm first and
+  // call again. Throws before anything is written.
+  // `known`, if given: Python does the rest of what is around the rule; the kernels only multiply
+  // by this factor, clip by value and average with this decay. `taken`, if given: what stock has
+  // stepped already in this very step. The others are stepped if the walk finds that exactly these
+  // are stock's; else nothing is written and false is returned.
+  bool step(PyObject* optimizer, const Known* known = nullptr, const Routes* taken = nullptr);
   const Routes& routes() const { return routes_; }
   // Whether the last step left any to stock: then the next will.
   bool left_any() const { return left_any_; }
@@ -68,9 +69,7 @@ class Walker {
   // How many steps devices have skipped.
   std::int64_t skipped_there() const;
 
-  // Resets the gradients and returns true, with the parameters that are not plain tensors left in
-  // `others`; or does nothing and returns false, where the groups are kept in some way of their
-  // own.
+  // Resets the gradients, as GradReset does.
   bool zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& others);
 
   bool busy = false;  // a step of this optimizer is under way, in another thread or further up
@@ -108,7 +107,7 @@ class Walker {
   enum class Way { kKernels, kStock, kParts, kNone };
 
   Way plan_step(PyObject* groups, PyObject* state, PyObject* defaults, PyObject* attributes,
-                const Taken* taken);
+                const Routes* taken);
   bool plan_all(PyObject* groups, PyObject* state);
   bool plan_groups(PyObject* groups);
   void leave_to_stock(Place place, PyObject* param);
@@ -128,6 +127,7 @@ class Walker {
   std::int64_t averages_so_far(const Averaged& averaged);
   std::int64_t averages_before(const Averaged& averaged);
   void begin_average(Averaged& averaged, cuda::DeviceWork* there);
+  static std::int64_t read(cuda::Device& device, const std::int64_t* there);
   static bool count_is_there(const at::Tensor& count, cuda::Device& device);
   void bring_count(Averaged& averaged, cuda::DeviceWork& there);
   void end_average(PyObject* attributes, Averaged& averaged, bool counts_there);
@@ -183,10 +183,6 @@ class Walker {
   Update make_update(const Group& group, const Moment& moment);
   Update update_with(const Group& group, std::int32_t row) const;
   const Update& update_on(cuda::DeviceWork& work, Group& group);
-  bool reset(PyObject* groups, bool set_to_none, std::vector<Ref>& others);
-  void zero(Place place, const at::Tensor& slot, bool directly);
-  static void detach(const at::Tensor& grad);
-  bool add_zero(const at::Tensor& grad);
 
   const bool foreign_;
   Findings& findings_;
@@ -194,8 +190,8 @@ class Walker {
   int rule_number_;
   OptionReader options_;
   States states_;
-  Plan plan_, zero_plan_;
-  cuda::Devices devices_, zero_devices_;
+  Plan plan_;
+  cuda::Devices devices_;
   std::vector<cuda::DeviceWork*> works_;  // of this step
   std::uint64_t cpu_keys_ = 0;  // of plain tensors for which the CPU's kernels are to work
   Routes routes_;
@@ -225,10 +221,11 @@ class Walker {
   bool looks_before_clearing_ = false;
   bool walks_again_ = false;  // as that has turned out to be wrong
   std::int32_t average_row_ = -1;
-  bool has_shards_ = false;                         // some parameters of this walk are distributed
-  std::vector<at::Tensor> in_graphs_;               // gradients to detach once they are zero
-  cuda::Measuring measuring_;                       // what a device is to find at this step
-  bool new_grads_ = false, grads_are_new_ = false;  // at this step; at the last one
+  bool has_shards_ = false;  // some parameters of this walk are distributed
+  GradReset grad_reset_;
+  std::vector<at::Tensor> in_graphs_;                     // gradients to detach once they are zero
+  cuda::Measuring measuring_;                             // what a device is to find at this step
+  bool meets_new_grads_ = false, met_new_grads_ = false;  // at this step; at the last one
 };
 
 // The attributes of an object; the dict stays alive with the object.
@@ -257,8 +254,7 @@ struct Walker::Cleanup {
     walker.strangers_.end_step();
     walker.plan_.release();
     for (const auto& work : walker.devices_.all()) work->plan.release();
-    walker.zero_plan_.release();
-    for (const auto& work : walker.zero_devices_.all()) work->plan.release();
+    walker.grad_reset_.release();
   }
 };
 

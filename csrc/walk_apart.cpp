@@ -1,7 +1,8 @@
 // The parameters of a step that share memory with others of it. Duplicates and overlaps run in
 // order, but where stock must take a part, or one parameter is to get its first state twice, or
-// count two steps, or where an option is a tensor (which may lie in a parameter), only stock knows
-// the order. It then takes those parameters, and the kernels the others, which meet nothing.
+// count two steps, or where an option is a tensor (which may lie in a parameter), or where anything
+// is done around the rule (averages or zeros are written too), only stock knows the order. It then
+// takes those parameters, and the kernels the others, which meet nothing.
 #include <algorithm>
 
 #include "pytensor.h"
@@ -22,12 +23,12 @@ void make_set(Tensors& tensors) {
 
 // Whether what is planned meets itself where order counts, or what stock is to step.
 bool Walker::memory_meets() {
-  const bool needs_order = !routes_.empty() || states_.creates() || rule_.counts ||
-                           !options_.tensors().empty() || extras_->any;
+  const bool only_stock_knows = !routes_.empty() || states_.creates() || rule_.counts ||
+                                !options_.tensors().empty() || extras_->any;
   works_ = devices_.needed();
   plan_.note_scalars(options_.tensors());
   for (cuda::DeviceWork* work : works_) work->plan.note_scalars(options_.tensors());
-  if ((plan_.ordered() && needs_order) || (!left_.empty() && plan_.meets(left_))) return true;
+  if ((plan_.ordered() && only_stock_knows) || (!left_.empty() && plan_.meets(left_))) return true;
   return std::any_of(works_.begin(), works_.end(), [&](cuda::DeviceWork* work) {
     return work->plan.ordered() || (!left_.empty() && work->plan.meets(left_));  // in no order
   });

@@ -52,15 +52,21 @@ bool Walker::measure() {
   return !skips;
 }
 
+// What a device has counted; waits for it. In a graph there is nothing to wait for.
+std::int64_t Walker::read(cuda::Device& device, const std::int64_t* there) {
+  TORCH_CHECK(!device.captures(),
+              "what a device has counted is asked for, as by skipped_steps, and a graph is being "
+              "captured, which has counted nothing yet. Ask before or after the capture.");
+  const WithoutGil guard(true);  // the device may wait for what another thread is to ask of it
+  return device.read(there);
+}
+
 std::int64_t Walker::skipped_there() const {
   std::int64_t skipped = 0;
   const auto& works = devices_.all();
   for (std::size_t i = 0; i < works.size(); ++i) {  // to which another thread may add
     cuda::Device& device = works[i]->device();
-    if (const std::int64_t* there = works[i]->skipped()) {
-      const WithoutGil guard(true);  // the device may wait for what another thread is to ask of it
-      skipped += device.read(there);
-    }
+    if (const std::int64_t* there = works[i]->skipped()) skipped += read(device, there);
   }
   return skipped;
 }
@@ -89,11 +95,11 @@ Around Walker::around() const {
 void Walker::clear(PyObject* groups, bool stepped) {
   const bool to_none = extras_->clear == Extras::Clear::kToNone;
   if (!to_none && stepped && clears_in_pass_) {
-    for (const at::Tensor& grad : in_graphs_) detach(grad);
+    for (const at::Tensor& grad : in_graphs_) GradReset::detach(grad);
     return;
   }
   std::vector<Ref> others;
-  if (!reset(groups, to_none, others)) return;
+  if (!grad_reset_.reset(groups, to_none, others)) return;
   static auto& reset_grad = *new PyCall("fastsgd._optimizer", "_reset_grad");
   for (const Ref& other : others) reset_grad(other.get(), to_none ? Py_True : Py_False);
 }
@@ -130,10 +136,12 @@ std::int64_t Walker::averages_so_far(const Averaged& averaged) {
   if (!there.defined()) return averaged.count;
   const bool is_one = there.scalar_type() == at::kLong && there.numel() == 1;
   cuda::DeviceWork* work = is_one ? devices_.find(*there.unsafeGetTensorImpl()) : nullptr;
+  if (work !=
+      nullptr) {  // on whatever stream it was counted, which the current one need not wait for
+    return read(work->device(), static_cast<const std::int64_t*>(there.const_data_ptr()));
+  }
   const WithoutGil guard(true);
-  if (work == nullptr) return there.item<std::int64_t>();
-  // On whatever stream it was counted, which the current one need not wait for.
-  return work->device().read(static_cast<const std::int64_t*>(there.const_data_ptr()));
+  return there.item<std::int64_t>();
 }
 
 // The same of a step that is planned already.

@@ -91,7 +91,7 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
   }
   c10::TensorImpl* grad_tensor = grad->unsafeGetTensorImpl();
   PyObject* grad_object = object_of(*grad_tensor);
-  if (path.grad != grad_tensor) new_grads_ = true;
+  if (path.grad != grad_tensor) meets_new_grads_ = true;
   path.param = param;
   path.grad_slot = grad;
   path.grad = grad_tensor;
@@ -158,23 +158,16 @@ bool Walker::plan_param(Group& group, Py_ssize_t index, PyObject* param, Path& p
 
 // What there is to clearing a gradient but zeros in the pass: one in a graph is detached from it
 // afterwards, and one whose elements share memory is zeroed afterwards, as it is still read when
-// the first of them have been stepped. False, from the first such on, where this walk comes to
-// nothing. Throws where clearing would, after the step.
+// the first of them have been stepped: then the walk is repeated without zeros in the pass, and
+// planning on is of no use, which is false. Throws where clearing would, after the step.
 bool Walker::look_before_clearing(Place place, const at::Tensor& grad,
                                   const c10::TensorImpl& memory) {
-  TORCH_CHECK(!grad.is_inference() || c10::InferenceMode::is_enabled(), at_place(place),
-              ": its grad is an inference tensor. Inplace update to inference tensor outside "
-              "InferenceMode is not allowed: set clear_grads to True instead.");
-  TORCH_CHECK(!grad.requires_grad() || grad.grad_fn() == nullptr || !grad.is_view(),
-              at_place(place),
-              ": its grad is a view in a graph. Can't detach views in-place, so it cannot be "
-              "zeroed: set clear_grads to True instead.");
+  const std::string why = why_not_zeroed(grad);
+  TORCH_CHECK(why.empty(), at_place(place), ": its grad ", why,
+              ": set clear_grads to True instead.");
   if (!clears_in_pass_) return !walks_again_;
   if (grad.requires_grad()) in_graphs_.push_back(grad);
-  if (!memory.has_storage()) return !walks_again_;  // sparse: its elements are of its own
-  const at::IntArrayRef strides = memory.strides();
-  for (std::size_t d = 0; d < strides.size(); ++d) {
-    if (strides[d] != 0 || memory.sizes()[d] <= 1) continue;
+  if (is_expanded(memory)) {
     clears_in_pass_ = false;
     walks_again_ = true;
   }
@@ -183,7 +176,7 @@ bool Walker::look_before_clearing(Place place, const at::Tensor& grad,
 
 // One that is not stepped, as it has no gradient, but may have an average.
 bool Walker::plan_average(Place place, PyObject* param) {
-  static constexpr Structure kBoth{.first = {"its state 'ema'", "its data"}};
+  static constexpr Structure kBoth{.before_states = {"its state 'ema'", "its data"}};
   PyObject* average = states_.average_of(param);
   if (average == nullptr) return true;
   if (!exact_tensor(param) || !exact_tensor(average)) return false;
@@ -255,11 +248,11 @@ template <int kStates, bool kCounts>
   const std::size_t needed = number + static_cast<std::size_t>(PyList_GET_SIZE(params)) + kFar;
   if (paths_.size() < needed) paths_.resize(needed);
   if (LocalShards::are_known() && shards_seen_.size() < needed) shards_seen_.resize(needed);
-  const bool grads_are_new = grads_are_new_, any_apart = !apart_.empty();
+  const bool looks_ahead = met_new_grads_, any_apart = !apart_.empty();
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++number) {
     Path* path = &paths_[number];
     fetch<kStates + (kCounts ? 1 : 0)>(path[kFar]);
-    if (grads_are_new) {
+    if (looks_ahead) {
       const Lookahead ahead(params, i);
       ahead.fetch_grad(kAhead);
       ahead.fetch_grad_storage(kAhead / 2);

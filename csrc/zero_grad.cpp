@@ -1,4 +1,5 @@
-// The part of the walk that resets gradients.
+#include "zero_grad.h"
+
 #include <c10/core/InferenceMode.h>
 
 #include <utility>
@@ -8,7 +9,6 @@
 #include "modes.h"
 #include "prefetch.h"
 #include "pytensor.h"
-#include "walk.h"
 
 namespace fastsgd {
 namespace {
@@ -32,19 +32,12 @@ FASTSGD_PREFETCHING void fetch_ahead(PyObject* params, Py_ssize_t turn, bool to_
 
 }  // namespace
 
-bool Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& others) {
-  const Busy guard(busy);
-  const Cleanup cleanup{*this};
-  const Ref kept = Ref::borrow(param_groups_.optional_in(attributes_of(optimizer)));
-  return reset(kept.get(), set_to_none, others);
-}
-
-bool Walker::reset(PyObject* groups, bool set_to_none, std::vector<Ref>& others) {
-  if (!set_to_none) zero_plan_.begin();
-  for (const auto& work : zero_devices_.all()) work->begin();
+bool GradReset::reset(PyObject* groups, bool set_to_none, std::vector<Ref>& others) {
+  if (!set_to_none) plan_.begin();
+  for (const auto& work : devices_.all()) work->begin();
   cpu_keys_ = cuda::emulated() ? 0 : plain().keys;
   const bool directly = !any_mode();
-  if (foreign_ || groups == nullptr || !PyList_CheckExact(groups)) return false;
+  if (groups == nullptr || !PyList_CheckExact(groups)) return false;
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
     PyObject* dict = PyList_GET_ITEM(groups, g);
     if (!exact_dict(dict)) return false;
@@ -78,25 +71,24 @@ bool Walker::reset(PyObject* groups, bool set_to_none, std::vector<Ref>& others)
     }
   }
   if (set_to_none) return true;
-  const std::vector<cuda::DeviceWork*> works = zero_devices_.needed();
+  const std::vector<cuda::DeviceWork*> works = devices_.needed();
   for (cuda::DeviceWork* work : works) work->prepare();
-  zero_plan_.retain_for_kernels();
+  plan_.retain_for_kernels();
   for (cuda::DeviceWork* work : works) work->launch();
-  zero_plan_.run({}, false);
+  plan_.run({}, false);
   return true;
 }
 
 // False where memory has gaps, or is not plain.
-bool Walker::add_zero(const at::Tensor& grad) {
+bool GradReset::add_zero(const at::Tensor& grad) {
   c10::TensorImpl& tensor = *grad.unsafeGetTensorImpl();
   if (Fields::keys(tensor) == cpu_keys_) [[likely]]
-    return zero_plan_.add_single(grad, kZero);
-  auto* work = zero_devices_.find(tensor);
+    return plan_.add_single(grad, kZero);
+  auto* work = devices_.find(tensor);
   return work != nullptr && work->plan.add_single(grad, kZero);
 }
 
-// Takes a gradient out of the graph that it is part of.
-void Walker::detach(const at::Tensor& grad) {
+void GradReset::detach(const at::Tensor& grad) {
   if (!grad.requires_grad()) return;
   if (grad.grad_fn() != nullptr) {
     grad.detach_();
@@ -105,22 +97,25 @@ void Walker::detach(const at::Tensor& grad) {
   }
 }
 
-void Walker::zero(Place place, const at::Tensor& slot, bool directly) {
+void GradReset::zero(Place place, const at::Tensor& slot, bool directly) {
   if (directly && !slot.requires_grad() && !slot.is_inference() && add_zero(slot)) return;
   // What follows may run Python code: the end of a graph, a dispatched operator.
-  zero_plan_.retain();
-  for (const auto& work : zero_devices_.all()) work->plan.retain();
+  plan_.retain();
+  for (const auto& work : devices_.all()) work->plan.retain();
   const at::Tensor grad = slot;
-  TORCH_CHECK(
-      !grad.is_inference() || c10::InferenceMode::is_enabled(),
-      "Inplace update to inference tensor outside InferenceMode is not allowed: a grad made "
-      "in inference mode cannot be zeroed. Set it to None instead.");
+  const std::string why = why_not_zeroed(grad);
+  TORCH_CHECK(why.empty(), at_place(place), ": its grad ", why, ": set it to None instead.");
   detach(grad);
   if (directly && add_zero(grad)) return;
   if (!has_memory(*grad.unsafeGetTensorImpl())) {
     storage_too_small(at_place(place) + ": the storage of its grad", *grad.unsafeGetTensorImpl());
   }
   grad.zero_();
+}
+
+void GradReset::release() {
+  plan_.release();
+  for (const auto& work : devices_.all()) work->plan.release();
 }
 
 }  // namespace fastsgd

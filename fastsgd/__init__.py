@@ -1,5 +1,7 @@
-"""PyTorch's optimizers, step for step and bit for bit, in one fast C++ call.
+"""PyTorch's optimizers, whose step is one fast C++ call.
 
+float32 and float64 get stock's numbers on the CPU, bit for bit but for square roots, which are the
+nearest numbers here; what is of 16 bits is rounded once a step.
 ``fastsgd.SGD(model.parameters())`` stands where ``torch.optim.SGD(model.parameters())`` stood, and
 nothing else in the program changes.
 """

@@ -1,4 +1,4 @@
-"""Averages of parameters: those that torch's code has stepped, and averages in use."""
+"""Averages of parameters as an optimizer has them: in checkpoints, copies, and in use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from fastsgd import _C
+from fastsgd._exchange import Exchange
 from fastsgd._extras import (
     WithExtras,
     inside_ema_weights,
@@ -34,20 +34,20 @@ class WithAverages(WithExtras):
     def state_dict(self) -> dict[str, Any]:
         """Return torch's; the number of averages so far is the groups' key ``ema_steps``."""
         refuse_inside_ema_weights(self, "state_dict()")
-        self._have_steps_added()  # whatever class it was made of
+        self._register_add_steps()  # whatever class it was made of
         return super().state_dict()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Make torch's optimizer; its state dicts will have the number of averages."""
         super().__init__(*args, **kwargs)
-        self._have_steps_added()
+        self._register_add_steps()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take torch's state; hooks, of which it has none, are not copied."""
+        """Take torch's state, in which there are no hooks; ours is added again."""
         super().__setstate__(state)
-        self._have_steps_added()
+        self._register_add_steps()
 
-    def _have_steps_added(self) -> None:
+    def _register_add_steps(self) -> None:
         # A hook, before all others: they see it, and may make something else of the whole.
         if add_steps not in self._optimizer_state_dict_post_hooks.values():
             self.register_state_dict_post_hook(add_steps, prepend=True)
@@ -147,7 +147,7 @@ class WithAverages(WithExtras):
             for param, own in _states_of_params(self).items()
             if own.get("ema") is not None
         }
-        exchange = _Exchange(list(averages), list(averages.values()))
+        exchange = Exchange(list(averages), list(averages.values()))
         extras = self.__dict__["_extras"]
 
         block = object()  # this one: another thread may be in another
@@ -212,16 +212,6 @@ def averages_of(optimizer: Optimizer) -> int:
     return int(steps)
 
 
-def note_averages(optimizer: Optimizer, count: int) -> None:
-    """Note how many averages there were; once that is a tensor, on which graphs count, it stays."""
-    steps = optimizer.__dict__.get("_ema_steps")
-    if isinstance(steps, Tensor):
-        with torch.inference_mode():  # in which it may have been made
-            steps.fill_(count)
-    else:
-        optimizer.__dict__["_ema_steps"] = count
-
-
 def _checked_steps(value: Any) -> int:
     try:
         return operator.index(value)
@@ -230,156 +220,3 @@ def _checked_steps(value: Any) -> int:
             f"Invalid ema_steps: {value!r}. It is how many averages there were. Is the checkpoint "
             "corrupt?"
         ) from None
-
-
-def _check(param: Tensor, average: Any, dtype: torch.dtype | None = None) -> None:
-    """Raise where an average is none of a parameter, or of another dtype than it is to have."""
-    if wrong := _what_is_wrong(param, average, dtype):
-        raise wrong
-
-
-def _what_is_wrong(param: Tensor, average: Any, dtype: torch.dtype | None) -> Exception | None:
-    kind: type[Exception] = RuntimeError
-    if not isinstance(average, Tensor):
-        kind = TypeError
-        text = f"that must be a Tensor, not {type(average).__name__}. Is the checkpoint corrupt?"
-    elif param.shape != average.shape or param.device != average.device:
-        where = f"of shape {tuple(average.shape)} on {average.device}"
-        text = f"{where}. Was the parameter's data swapped?"
-    elif not (average.is_floating_point() or average.is_complex()):
-        text = f"of {average.dtype}, which no average has. Is the checkpoint corrupt?"
-    elif dtype not in (None, average.dtype):
-        cure = "Was the parameter's data or its dtype changed?"
-        text = f"of {average.dtype}, which must have {dtype}. {cure}"
-    elif why := _C.why_not_written(_local(average)):
-        text = f"that {why}"
-    else:
-        return None
-    return kind(f"{_name(param)} has a state 'ema' {text}")
-
-
-def _why_not_back(param: Tensor, average: Tensor) -> Exception | None:
-    """Return why a parameter cannot be given its own values back, if it cannot."""
-    if why := _C.why_not_written(_local(param)):
-        return RuntimeError(f"{_name(param)}, to be given its own values back, {why}")
-    return _what_is_wrong(param, average, None)
-
-
-def _name(param: Tensor) -> str:
-    return f"a parameter of shape {tuple(param.shape)} on {param.device}"
-
-
-class _Exchange:
-    """An exchange of what parameters and averages hold, which can be undone wherever it stopped."""
-
-    def __init__(self, params: list[Tensor], averages: list[Tensor]) -> None:
-        """Check that they can be exchanged."""
-        for param, average in zip(params, averages, strict=True):
-            _check(param, average)
-        self.pairs = list(zip(params, averages, strict=True))
-        # Of each exchange by the kernels, there and back, the numbers of the pairs that it left.
-        self.left: list[list[int]] = []
-        # What those pairs held. An average of another dtype than its parameter keeps what it holds.
-        self.held: dict[int, tuple[Tensor, Tensor | None]] = {}
-        # The pairs that are exchanged back, and what those held that the kernels left then.
-        self.exchanged: list[tuple[Tensor, Tensor]] = []
-        self.back: dict[int, tuple[Tensor, Tensor]] = {}
-        # Why some cannot be exchanged back: a parameter has other data than it had.
-        self.spoilt: list[Exception] = []
-
-    @torch.no_grad()
-    def make(self) -> None:
-        """Exchange."""
-        self._in_kernels(self.pairs)
-        for i in self.left[0]:
-            param, average = map(_local, self.pairs[i])
-            was = param.clone()
-            self.held[i] = was, average.clone() if average.dtype == was.dtype else None
-            param.copy_(average)
-            if average.dtype == was.dtype:
-                average.copy_(was)
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        """Exchange back what has been exchanged and not yet back."""
-        # What was exchanged last comes first, as parameters may share memory.
-        while self.held:
-            i, held = next(reversed(self.held.items()))
-            wrong = _why_not_back(*self.pairs[i])
-            if wrong:
-                self.spoilt.append(wrong)
-            for tensor, value in zip(self.pairs[i], held, strict=True):
-                if value is not None and not wrong:
-                    _local(tensor).copy_(value)
-            del self.held[i]
-        if len(self.left) == 1:
-            self.exchanged = []
-            for pair in [p for i, p in enumerate(self.pairs) if i not in self.left[0]][::-1]:
-                if wrong := _why_not_back(*pair):
-                    self.spoilt.append(wrong)
-                else:
-                    self.exchanged.append(pair)
-            self._in_kernels(self.exchanged)
-        while len(self.left) == 2 and self.left[1]:
-            i = self.left[1][0]  # by torch's operators, as a mode is on that was not
-            param, average = map(_local, self.exchanged[i])
-            if i not in self.back:
-                self.back[i] = param.clone(), average.clone()
-            average.copy_(self.back[i][0])
-            param.copy_(self.back[i][1])
-            del self.left[1][0]
-
-    def check_all_back(self) -> None:
-        """Raise where a parameter could not be given its own values back."""
-        if self.spoilt:
-            raise self.spoilt[0]
-
-    def _in_kernels(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        params, averages = ([_local(pair[side]) for pair in pairs] for side in (0, 1))
-        # Done and noted without a line of Python in between, before which an interrupt could come.
-        self.left.extend(map(_C.exchange, [params], [averages]))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return the shard of a distributed tensor that is here; another is its own."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-class Average:
-    """The averaging of one step, for parameters that torch's code steps."""
-
-    def __init__(self, optimizer: Optimizer, decay: float, starts: bool, wide: Any) -> None:
-        """Keep what the step has found out."""
-        self.optimizer = optimizer
-        self.decay = decay
-        self.starts = starts
-        self.wide = wide
-
-    def begin(self, params: list[Tensor]) -> None:
-        """Before the step: check, and one that starts late starts as it is now."""
-        for param in params:
-            if (average := self.optimizer.state.get(param, {}).get("ema")) is not None:
-                _check(param, average, dtype_of_average(param, self.wide))
-        self.before = {
-            param: self._copy(param)
-            for param in params
-            if param.grad is not None and self.optimizer.state.get(param, {}).get("ema") is None
-        }
-
-    @torch.no_grad()
-    def end(self, params: list[Tensor]) -> None:
-        """After the step."""
-        for param in dict.fromkeys(params):  # one that is named twice has one average
-            state = self.optimizer.state.get(param, {})
-            if param in self.before:
-                state = self.optimizer.state[param]
-                state["ema"] = self.before[param]
-            if state.get("ema") is None:
-                continue
-            if self.starts:
-                state["ema"].copy_(param)
-            else:
-                state["ema"].lerp_(param.detach().to(state["ema"].dtype), 1 - self.decay)
-
-    def _copy(self, param: Tensor) -> Tensor:
-        return param.detach().to(dtype_of_average(param, self.wide), copy=True)

@@ -72,10 +72,11 @@ def _not_built() -> str:
 
 def rebuild_command() -> str:
     """Return the command that compiles fastsgd again, past any cached wheel, in quotes."""
+    python = shlex.quote(sys.executable)
     if importlib.util.find_spec("pip") is not None:
-        command = f"{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir"
+        command = f"{python} -m pip install --force-reinstall --no-deps --no-cache-dir"
     else:  # Isolated by uv, the build would not see this torch.
-        command = f"uv pip install --python {sys.executable} --reinstall --no-deps --no-cache"
+        command = f"uv pip install --python {python} --reinstall --no-deps --no-cache"
         command += " --no-build-isolation"
     source = _source()
     return f"`{command} {source}`" if source else f"`{command} .` in a clone of fastsgd"

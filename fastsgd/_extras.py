@@ -217,8 +217,9 @@ DOC = """
         ema_dtype: None to keep averages in the parameter's dtype; ``torch.float32`` to keep those
             of bfloat16 and float16 parameters in float32.
         clear_grads: True to set every gradient to None after the step; ``"zero"`` to keep the
-            tensors and fill them with zeros. Of steps that are skipped too, but not of those that a
-            :class:`torch.amp.GradScaler` skips by not calling ``step()``: without ``fused=True``.
+            tensors and fill them with zeros. A step that is skipped clears them too; but a
+            :class:`torch.amp.GradScaler` that finds an overflow does not call ``step()`` unless
+            ``fused=True``, and then nothing is cleared.
 
     Attributes:
         grad_norm: The total norm at the last step that measured one, before clipping, of unscaled

@@ -48,11 +48,11 @@ class FusedStep(WithAverages):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The total norm of the gradients at the last step, before clipping.
+        """The total norm of the gradients at the last step that measured it, before clipping.
 
-        A new tensor without dimensions on the first parameter's device, float64 if any gradient
-        was, else float32; None before a step that had a use for it (``max_grad_norm``,
-        ``skip_nonfinite`` or ``error_if_nonfinite``). A device is not waited for.
+        Steps with ``max_grad_norm``, ``skip_nonfinite`` or ``error_if_nonfinite`` do; others leave
+        it as it was. A new tensor without dimensions on the first gradient's device, float64 if any
+        gradient was, else float32; None before the first such step. A device is not waited for.
         """
         return _C.grad_norm(unwrapped(self))
 
@@ -133,7 +133,7 @@ def _make_step(stock_step: Step) -> Step:
 
 
 def _no_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether ``step`` was called with a closure, which is None."""
+    """Whether the one argument of a call of ``step`` is a closure that is None."""
     if args:
         return len(args) == 1 and not kwargs and args[0] is None
     return len(kwargs) == 1 and kwargs.get("closure", args) is None

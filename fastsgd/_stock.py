@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import chain, repeat
 from operator import setitem
 from typing import Any
 
@@ -17,15 +18,19 @@ from fastsgd import _C, _build_info
 from fastsgd._check import rebuild_command
 
 Step = Callable[..., Any]
-# For each group, indices of parameters; without any group, every parameter is meant.
+# For each group, indices of parameters that are torch's to step. Without any group, all are; where
+# all groups are empty, none is.
 Routes = list[list[int]]
+# What is known of a step's gradients and averages where anything is done around it: a factor, and a
+# decay or None.
+Known = tuple[()] | tuple[float, float | None]
 
 
 def step_in_parts(
     optimizer: Optimizer,
     step_as_stock: Step,
     routes: Routes,
-    extras: dict[str, Any] | None = None,
+    known: Known = (),
 ) -> None:
     """Step the parameters that ``routes`` names in torch's code, then the others in the kernels.
 
@@ -33,7 +38,7 @@ def step_in_parts(
         optimizer: The optimizer.
         step_as_stock: Steps all parameters of one in torch's code.
         routes: Who is to take which.
-        extras: What the kernels are to do around the rule, if that is known already.
+        known: What the kernels are to do around the rule, besides what the optimizer says.
     """
     if not routes:
         step_as_stock(optimizer)
@@ -44,17 +49,14 @@ def step_in_parts(
     ]
     if any(theirs):
         _step_part(optimizer, step_as_stock, theirs)
-    known = () if extras is None else (extras["factor"], extras["ema_decay"])
     if _C.step_rest(optimizer, routes, *known):
         return
+    taken = chain(map(set, routes), repeat(set()))  # none of groups that were added meanwhile
     ours = [  # of which torch must take some after all
-        [param for i, param in enumerate(group["params"]) if i not in route]
-        for group, route in zip(groups, map(set, routes), strict=True)
+        [param for i, param in enumerate(group["params"]) if i not in part]
+        for group, part in zip(groups, taken, strict=False)
     ]
-    changes = _params(groups, ours)
-    if extras is not None:
-        changes += attributes(optimizer, _extras=extras)
-    with_changes(changes, partial(_step_the_rest, optimizer, step_as_stock, extras))
+    with_changes(_params(groups, ours), partial(_step_the_rest, optimizer, step_as_stock, known))
 
 
 def _step_part(optimizer: Optimizer, step_as_stock: Step, params: list[list[Tensor]]) -> None:
@@ -75,12 +77,10 @@ def _step_part(optimizer: Optimizer, step_as_stock: Step, params: list[list[Tens
     step_as_stock(stand_in)
 
 
-def _step_the_rest(
-    optimizer: Optimizer, step_as_stock: Step, extras: dict[str, Any] | None
-) -> None:
-    routes_left = _C.step_or_route(optimizer)
+def _step_the_rest(optimizer: Optimizer, step_as_stock: Step, known: Known) -> None:
+    routes_left = _C.step_or_route(optimizer, *known)
     if routes_left is not None:
-        step_in_parts(optimizer, step_as_stock, routes_left, extras)
+        step_in_parts(optimizer, step_as_stock, routes_left, known)
 
 
 def step_as_stock(optimizer: Optimizer, stock_step: Step) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
 from fastsgd import _C, _norm
-from fastsgd._averages import Average, WithAverages, averages_of, note_averages
+from fastsgd._averages import WithAverages, averages_of, dtype_of_average
+from fastsgd._exchange import check_average
 from fastsgd._stock import (
     Change,
     Routes,
@@ -23,7 +26,6 @@ from fastsgd._stock import (
 
 def step_with_extras(optimizer: WithAverages, step_as_stock: Step, routes: Routes) -> None:
     """Step in parts, with what the kernels would do around it done here for torch's part."""
-    extras = optimizer.__dict__["_extras"]
     if optimizer.clear_grads == "zero":
         _refuse_what_cannot_be_zeroed(optimizer, routes)
     found_inf = getattr(optimizer, "found_inf", None)
@@ -36,7 +38,7 @@ def step_with_extras(optimizer: WithAverages, step_as_stock: Step, routes: Route
         decay = optimizer.ema_decay
         if callable(decay):
             decay = _C.decay(optimizer)
-        average = Average(optimizer, decay or 0.0, not averaged, optimizer.ema_dtype)
+        average = _Average(optimizer, decay or 0.0, not averaged, optimizer.ema_dtype)
 
         def step_part(optimizer: WithAverages) -> None:
             params = params_of(optimizer)
@@ -50,11 +52,9 @@ def step_with_extras(optimizer: WithAverages, step_as_stock: Step, routes: Route
             if decay is not None:
                 average.end(params)
 
-        bound = {key: extras[key] for key in ("clip_grad_value", "ema_dtype") if key in extras}
-        for_kernels = {**bound, "factor": factor, "ema_decay": decay}
-        step_in_parts(optimizer, step_part, routes, for_kernels)
+        step_in_parts(optimizer, step_part, routes, (factor, decay))
         if decay is not None:  # of which the kernels may have counted their part
-            note_averages(optimizer, averaged + 1)
+            _note_averages(optimizer, averaged + 1)
 
 
 def _refuse_what_cannot_be_zeroed(optimizer: WithAverages, routes: Routes) -> None:
@@ -65,19 +65,8 @@ def _refuse_what_cannot_be_zeroed(optimizer: WithAverages, routes: Routes) -> No
     groups = optimizer.param_groups
     parts = [group["params"][i] for group, part in zip(groups, routes, strict=False) for i in part]
     for param in parts if routes else params_of(optimizer):
-        grad = param.grad
-        if grad is None:
-            continue
-        if grad.is_inference() and not torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "A grad is an inference tensor. Inplace update to inference tensor outside "
-                "InferenceMode is not allowed: set clear_grads to True instead."
-            )
-        if grad.grad_fn is not None and grad._is_view():
-            raise RuntimeError(
-                "A grad is a view in a graph. Can't detach views in-place, so it cannot be zeroed: "
-                "set clear_grads to True instead."
-            )
+        if param.grad is not None and (why := _C.why_not_zeroed(param.grad)):
+            raise RuntimeError(f"A grad {why}: set clear_grads to True instead.")
 
 
 def _factor(optimizer: WithAverages, scale: Tensor | None) -> float | None:
@@ -144,3 +133,53 @@ def _treated(
         else:  # which could not be given to the parameter again
             changes.append((grad, "data", grad.data, copy(grad.data)))
     return changes
+
+
+def _note_averages(optimizer: Optimizer, count: int) -> None:
+    """Note how many averages there were; once that is a tensor, on which graphs count, it stays."""
+    steps = optimizer.__dict__.get("_ema_steps")
+    if isinstance(steps, Tensor):
+        with torch.inference_mode():  # in which it may have been made
+            steps.fill_(count)
+    else:
+        optimizer.__dict__["_ema_steps"] = count
+
+
+class _Average:
+    """The averaging of one step, for parameters that torch's code steps."""
+
+    def __init__(self, optimizer: Optimizer, decay: float, starts: bool, wide: Any) -> None:
+        """Keep what the step has found out."""
+        self.optimizer = optimizer
+        self.decay = decay
+        self.starts = starts
+        self.wide = wide
+
+    def begin(self, params: list[Tensor]) -> None:
+        """Before the step: check, and one that starts late starts as it is now."""
+        for param in params:
+            if (average := self.optimizer.state.get(param, {}).get("ema")) is not None:
+                check_average(param, average, dtype_of_average(param, self.wide))
+        self.before = {
+            param: self._copy(param)
+            for param in params
+            if param.grad is not None and self.optimizer.state.get(param, {}).get("ema") is None
+        }
+
+    @torch.no_grad()
+    def end(self, params: list[Tensor]) -> None:
+        """After the step."""
+        for param in dict.fromkeys(params):  # one that is named twice has one average
+            state = self.optimizer.state.get(param, {})
+            if param in self.before:
+                state = self.optimizer.state[param]
+                state["ema"] = self.before[param]
+            if state.get("ema") is None:
+                continue
+            if self.starts:
+                state["ema"].copy_(param)
+            else:
+                state["ema"].lerp_(param.detach().to(state["ema"].dtype), 1 - self.decay)
+
+    def _copy(self, param: Tensor) -> Tensor:
+        return param.detach().to(dtype_of_average(param, self.wide), copy=True)

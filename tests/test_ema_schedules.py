@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from test_averages import BUILD, run
 from torch import Tensor
 from torch.nn import Parameter
 from twins import parameters, random_grad
+from watched import Watched
 
 INVALID = r"Invalid decay value .* provided. Please provide a value in \[0,1\] range."
 
@@ -76,29 +76,15 @@ def test_schedule_that_meddles(row: Row, strange: bool) -> None:
         optimizer.step()
 
 
-class Nosy(Parameter):
-    """A parameter that does something when it is asked for its grad."""
-
-    act: Callable[[], Any] | None = None
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Do it, once."""
-        if func == Parameter.grad.__get__ and cls.act is not None:
-            act, cls.act = cls.act, None
-            act()
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
 @pytest.mark.parametrize("has_grad", [False, True])
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_step_within_a_step_counts(row: Row, warm: bool, has_grad: bool) -> None:
     """The number of averages is read when nothing more can change it."""
-    p, nosy = Parameter(torch.randn(5)), Nosy(torch.randn(2))
-    optimizer = row.ours([p, nosy], **row.rich, ema_decay=0.5)
+    p, watched = Parameter(torch.randn(5)), Watched(torch.randn(2))
+    optimizer = row.ours([p, watched], **row.rich, ema_decay=0.5)
     p.grad = random_grad(p)
     if has_grad:
-        nosy.grad = torch.ones(2)
+        watched.grad = torch.ones(2)
     seen: list[Tensor] = []
 
     def steps() -> None:
@@ -107,7 +93,7 @@ def test_a_step_within_a_step_counts(row: Row, warm: bool, has_grad: bool) -> No
 
     for _ in range(2 if warm else 0):
         steps()
-    Nosy.act = steps
+    watched.once("on_grad", steps)
     steps()
     expected = seen[0]
     for now in seen[1:]:

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.testing._internal.two_tensor import TwoTensor
 from twins import ORDINARY, Twins, check_state, parameters, random_grad
+from watched import Watched
+
+from fastsgd import _C
 
 takes_sparse = pytest.mark.parametrize("row", TAKE_SPARSE, ids=repr)
 
@@ -574,27 +577,11 @@ def test_fallback_that_raises_puts_everything_back(row: Row) -> None:
     assert group["params"] is params and {k: group.get(k) for k in flags} == flags
 
 
-class Watched(Parameter):
-    """A parameter that does something whenever an operator writes it."""
-
-    act: Callable[[], Any] | None = None
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Do it first."""
-        if (
-            cls.act is not None
-            and func.__name__.endswith("_")
-            and not func.__name__.startswith("_")
-        ):
-            cls.act()
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
 @pytest.mark.parametrize("extras", [{}, {"max_grad_norm": 1.0, "ema_decay": 0.5}], ids=str)
 def test_nobody_sees_a_part(row: Row, extras: dict[str, Any]) -> None:
     """While torch's code steps its part, the optimizer is as it was, for whoever looks at it."""
-    params = [*parameters((33,), (5, 7))(), Watched(torch.randn(9))]
+    watched = Watched(torch.randn(9))
+    params = [*parameters((33,), (5, 7))(), watched]
     optimizer = row.ours(
         [{"params": params[:1]}, {"params": params[1:]}], **row.rich, **row.fused, **extras
     )
@@ -607,18 +594,15 @@ def test_nobody_sees_a_part(row: Row, extras: dict[str, Any]) -> None:
     before, looks = seen(), []
 
     def look() -> None:
-        Watched.act = None
+        watched.on_write = None
         looks.append(seen())
         optimizer.max_grad_norm = 7.0
-        Watched.act = look
+        watched.on_write = look
 
     for p in params:
         p.grad = torch.ones(p.shape)
-    Watched.act = look
-    try:
-        optimizer.step()
-    finally:
-        Watched.act = None
+    watched.on_write = look
+    optimizer.step()
     assert looks and optimizer.max_grad_norm == 7.0
     for each in looks:
         assert all(p is q for p, q in zip(each[1], before[1], strict=True))
@@ -634,18 +618,64 @@ def test_averages_put_in_place_in_torchs_part(row: Row) -> None:
         optimizer.step()
     block, before = optimizer.ema_weights(), p.detach().clone()
 
-    def enter() -> None:
-        Watched.act = None
-        block.__enter__()
-
-    Watched.act = enter
-    try:
-        with pytest.raises(RuntimeError, match=r"step\(\) inside ema_weights\(\)"):
-            optimizer.step()
-    finally:
-        Watched.act = None
+    watched.once("on_write", block.__enter__)
+    with pytest.raises(RuntimeError, match=r"step\(\) inside ema_weights\(\)"):
+        optimizer.step()
     block.__exit__(None, None, None)
     assert_equal(p.detach(), before)
+
+
+class Answers(Tensor):
+    """A tensor that answers even what its layout is by Python code."""
+
+    asked = 0
+
+    @staticmethod
+    def __new__(cls, like: Tensor) -> Answers:
+        """Wrap nothing."""
+        return Tensor._make_wrapper_subclass(
+            cls, like.shape, dtype=like.dtype, dispatch_layout=True
+        )
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count, and say nothing else."""
+        cls.asked += 1
+        return torch.strided
+
+
+def test_no_python_code_while_a_step_is_planned(row: Row) -> None:
+    """What is planned already would not be kept alive meanwhile."""
+    params = parameters((3,), (3,))()
+    optimizer = row.ours(params, **row.rich)
+    params[0].grad, params[1].grad = torch.ones(3), Answers(torch.ones(3))
+    Answers.asked = 0
+    assert _C.step_or_route(optimizer) == []
+    assert Answers.asked == 0
+
+
+@pytest.mark.parametrize("extras", [{}, {"max_grad_norm": 1e9, "ema_decay": 0.5}], ids=str)
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_group_added_in_torchs_part(row: Row, extras: dict[str, Any], foreign: bool) -> None:
+    """It is stepped too, as stock's loop over the groups comes to it; in whoever's code."""
+    twins = Twins(row, lambda: [*parameters((5,))(), Watched(torch.randn(9))], **row.rich)
+    for name, value in extras.items():
+        setattr(twins.ours, name, value)
+
+    def add_group(optimizer: torch.optim.Optimizer) -> None:
+        p = torch.randn(7, dtype=torch.complex64 if foreign else torch.float32)
+        params = [Parameter(p), Parameter(torch.randn(3))]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        watched = all_params(optimizer)[1]
+        watched.once("on_write", lambda: optimizer.add_param_group({"params": params}))
+
+    twins.grads()
+    twins.each(add_group)
+    twins.step()
+    assert len(twins.ours.param_groups) == 2
+    for p, q in twins.pairs():
+        assert_equal(p.detach(), q.detach())
 
 
 def test_what_a_step_sets_stays(row: Row) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from twins import Twins
+from watched import Watched
 
 N = 20_000
 
@@ -43,17 +44,6 @@ def unarmed() -> Iterator[None]:
     ONCE.action, ONCE.done = None, False
     yield
     ONCE.action = None
-
-
-class Nosy(Parameter):
-    """A parameter that does something when it is asked for its grad."""
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        """Do it before answering."""
-        if func == Parameter.grad.__get__:
-            ONCE()
-        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 def bystanders() -> list[Tensor]:
@@ -106,18 +96,19 @@ def test_asking_for_a_grad(row: Row, action: Callable[[Optimizer], None], met_be
     """
 
     def build() -> list[Parameter]:
-        nosy = Nosy(torch.randn(5))
-        return [nosy, *(Parameter(torch.randn(N)) for _ in range(5))]
+        watched = Watched(torch.randn(5))
+        watched.on_grad = ONCE
+        return [watched, *(Parameter(torch.randn(N)) for _ in range(5))]
 
     twins = Twins(row, build, **row.rich)
     for o in twins.sides:
         if not met_before:
-            o.nosy = o.param_groups[0]["params"].pop(0)
+            o.watched = o.param_groups[0]["params"].pop(0)
     twins.run(2, lambda p: None if p.numel() == 5 else torch.randn_like(p.detach()))
     twins.grads(lambda p: None if p.numel() == 5 else torch.randn_like(p.detach()))
     for o in twins.sides:
         if not met_before:
-            o.param_groups[0]["params"].insert(0, o.nosy)
+            o.param_groups[0]["params"].insert(0, o.watched)
         ONCE.action = lambda o=o: action(o)
         ONCE.done = False
         o.step()

@@ -17,6 +17,7 @@ from snapshot import Snapshot
 from torch import Tensor
 from torch.nn import Parameter
 from twins import ORDINARY, Twins, parameters, random_grad
+from watched import Watched
 
 Spoil = Callable[[torch.optim.Optimizer, Tensor], None]
 
@@ -764,24 +765,11 @@ def test_import_in_a_fresh_interpreter_without_numpy() -> None:
 # Python code that runs in the middle of a step.
 
 
-class Nosy(Parameter):
-    """A parameter that does something when it is asked for its grad."""
-
-    on_grad = None
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        """Call ``on_grad`` before answering."""
-        if func == Parameter.grad.__get__ and cls.on_grad is not None:
-            cls.on_grad()
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
 def test_grads_freed_in_the_middle_of_a_step(row: Row) -> None:
     """A parameter of a subclass drops the grads of those before it, which were planned already."""
     params = [Parameter(torch.randn(3000)) for _ in range(50)]
-    nosy = Nosy(torch.randn(5))
-    optimizer = row.ours([*params, nosy], **row.rich)
+    watched = Watched(torch.randn(5))
+    optimizer = row.ours([*params, watched], **row.rich)
     for p in params:
         p.grad = torch.randn(3000)
     optimizer.step()
@@ -792,11 +780,8 @@ def test_grads_freed_in_the_middle_of_a_step(row: Row) -> None:
             p.grad = None
         rubbish.extend(torch.full((3000,), float("nan")) for _ in range(100))
 
-    Nosy.on_grad = staticmethod(drop)
-    try:
-        optimizer.step()
-    finally:
-        Nosy.on_grad = None
+    watched.on_grad = drop
+    optimizer.step()
     assert rubbish, "the grad was not asked for"
     assert all(p.isfinite().all() for p in params)
 
