@@ -329,6 +329,20 @@ def test_a_capture_makes_nothing(row: Row) -> None:
 
 
 @on_host
+def test_nothing_is_read_in_a_capture(row: Row) -> None:
+    """It would wait for the device; the capture would end in an error that does not say why."""
+    params = parameters((9,), (33, 17))()
+    optimizer = row.ours(params, **row.rich, skip_nonfinite=True)
+    give([optimizer], 0)
+    params[0].grad[3] = torch.inf
+    Host().step(optimizer)
+    with emulated(captures=True), pytest.raises(RuntimeError, match="Ask before or after"):
+        optimizer.skipped_steps  # noqa: B018
+    with emulated():
+        assert optimizer.skipped_steps == 1
+
+
+@on_host
 def test_a_capture_makes_nothing_of_a_part(row: Row) -> None:
     """Where torch's code steps some, it has not begun when the kernels find that they cannot."""
     params = [*parameters((9,), (33, 17))(), torch.randn(5).as_subclass(Own).requires_grad_()]

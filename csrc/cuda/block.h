@@ -50,6 +50,27 @@ FASTSGD_LANE P& pack_at(T* address) {
   return *reinterpret_cast<P*>(address);
 }
 
+// A pack whose elements lie side by side, which must be aligned; or else kThreads apart, so that
+// neighbouring threads load and store neighbours.
+template <bool kTogether, class T>
+FASTSGD_LANE Pack<T> load_pack(const T* from) {
+  if constexpr (kTogether) {
+    return pack_at<const Pack<T>>(from);
+  } else {
+    Pack<T> pack;
+    for (int k = 0; k < Pack<T>::kSize; ++k) pack.item[k] = from[k * kThreads];
+    return pack;
+  }
+}
+template <bool kTogether, class T>
+FASTSGD_LANE void store_pack(T* to, const Pack<T>& pack) {
+  if constexpr (kTogether) {
+    pack_at<Pack<T>>(to) = pack;
+  } else {
+    for (int k = 0; k < Pack<T>::kSize; ++k) to[k * kThreads] = pack.item[k];
+  }
+}
+
 // A thread's share of `count` elements that lie side by side: packs from the `head`th element on,
 // and single elements before and after.
 template <int kPack, class Packs, class One>
@@ -58,6 +79,15 @@ FASTSGD_LANE void share(int thread, int count, int head, Packs packs, One one) {
   for (int i = thread; i < whole; i += kThreads) packs(head + i * kPack);
   FASTSGD_ROLLED for (int i = thread; i < head; i += kThreads) one(i);
   FASTSGD_ROLLED for (int i = head + whole * kPack + thread; i < count; i += kThreads) one(i);
+}
+
+// The same of streams that are aligned differently: as many single elements at once, as one after
+// the other would wait for memory.
+template <int kPack, class Packs, class One>
+FASTSGD_LANE void share_apart(int thread, int count, Packs packs, One one) {
+  int i = thread;
+  for (; i + (kPack - 1) * kThreads < count; i += kPack * kThreads) packs(i);
+  FASTSGD_ROLLED for (; i < count; i += kThreads) one(i);
 }
 
 // --- layouts ------------------------------------------------------------------------------------

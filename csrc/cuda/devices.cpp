@@ -49,10 +49,13 @@ EmulatedWork& emulated_work() {
 char* FirstSteps::begin(Device& device, const at::Tensor& state) {
   if (counts_.size() >= worth_forgetting_) forget_the_dead();
   if (memory_ == nullptr || used_ == kCounts) {
+    device.begin();  // the step may yet fail, and the next one be on another stream
     auto memory = device.allocate(kCounts * sizeof(float));
     device.zero(memory.get(), kCounts * sizeof(float));
+    device.end();
     memory_ = std::make_shared<c10::DataPtr>(std::move(memory));
     used_ = 0;
+    stream_.reset();
   }
   char* at = static_cast<char*>(memory_->get()) + used_++ * sizeof(float);
   counts_.insert_or_assign(
@@ -70,7 +73,11 @@ char* FirstSteps::find(c10::TensorImpl& state) {
 void FirstSteps::use(Device& device) {
   if (device.stream() == stream_) return;
   stream_ = device.stream();
-  for (const auto& entry : counts_) device.used(*entry.second.memory);
+  const c10::DataPtr* last = nullptr;  // most are in the same memory
+  for (const auto& entry : counts_) {
+    const c10::DataPtr* memory = entry.second.memory.get();
+    if (std::exchange(last, memory) != memory) device.used(*memory);
+  }
 }
 
 void FirstSteps::forget_the_dead() {

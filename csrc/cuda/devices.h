@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
@@ -40,7 +41,7 @@ class FirstSteps {
   std::size_t worth_forgetting_ = 64;
   std::shared_ptr<c10::DataPtr> memory_;  // of the next counts
   std::size_t used_ = 0;
-  std::int64_t stream_ = 0;
+  std::optional<std::int64_t> stream_;  // that used all of them last
 };
 
 // The work of a step on one device.

@@ -152,6 +152,7 @@ void Engine::bring(Batch& batch, const Work& work) {
   if (batch.grads.size() > ManyArguments::kGrads)
     tables.grads = held.grads.bring(*device_, batch.grads);
   tables.item_count = static_cast<std::int32_t>(batch.items.size());
+  tables.chunk_count = static_cast<std::int32_t>(batch.chunks.size());
   tables.last = &batch == &batches_[used_ - 1];
   tables.counts = (tables.last && work.averaged != nullptr) ||
                   std::any_of(batch.items.begin(), batch.items.end(),
@@ -204,12 +205,13 @@ void Engine::prepare(const Work& work) {
 
 // --- launching ----------------------------------------------------------------------------------
 
-Launch Engine::measuring(const Batch& batch) {
+Launch Engine::measuring(const Batch& batch) const {
   Launch what = batch.what;
   what.kernel = measuring_kernel(batch.tables.measuring.order, what.kernel % kStorages);
   what.around = true;
   what.few = false;
-  what.blocks = static_cast<int>(batch.pieces.size());
+  const auto most = static_cast<std::size_t>(device_->processors() * kBlocksEach);
+  what.blocks = static_cast<int>(std::min(batch.pieces.size(), most));
   return what;
 }
 
@@ -237,6 +239,7 @@ void Engine::launch() {
     if (!measured(batch)) continue;
     Tables tables = batch.tables;
     tables.chunks = batch.pieces_there;
+    tables.chunk_count = static_cast<std::int32_t>(batch.pieces.size());
     tables.last = --left == 0;
     launch(measuring(batch), tables, batch);
   }

@@ -86,7 +86,7 @@ class Engine {
   void cut(Batch& batch, bool measured) const;
   void bring(Batch& batch, const Work& work);
   void bring_standing();
-  static Launch measuring(const Batch& batch);
+  Launch measuring(const Batch& batch) const;
   void launch(const Launch& what, const Tables& tables, const Batch& batch);
   template <class A>
   void launch_with(const Launch& what, const Tables& tables, const Batch& batch);

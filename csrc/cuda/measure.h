@@ -1,7 +1,8 @@
-// The norm of gradients, as functions of a block. A block measures one piece: each thread some of
-// its elements, always the same ones, and what they found is joined two by two; so nothing of how
-// the work was cut shows in the sum of a piece, nor, as they are added without rounding, in that of
-// all. It is computed in double, like the CPU's, and in another order within a piece.
+// The norm of gradients, as functions of a block. A block measures some pieces: of each piece a
+// thread measures some elements, always the same ones, and what they found is joined two by two; so
+// nothing of how the work was cut shows in the sum of a piece, nor, as they are added without
+// rounding, in that of all. It is computed in double, like the CPU's, and in another order within a
+// piece.
 #pragma once
 
 #include "cuda/block.h"
@@ -65,24 +66,29 @@ struct PieceBlock {
     constexpr int kPack = Pack<T>::kSize;
     const T* from = grad;
     FASTSGD_ASSUME_GLOBAL(from);
-    const bool packed = !laid_out && over_alignment(from) == 0;
+    const bool packed = over_alignment(from) == 0;
     Part mine{};
     const auto take_pack = [&](const Pack<T>& pack) {
       for (int k = 0; k < kPack; ++k) take<kOrder>(mine, to_scalar(pack.item[k]), factor);
     };
     constexpr int kStride = kThreads * kPack;
-    int i = thread * kPack;
-    for (; packed && i + (kAhead - 1) * kStride + kPack <= count; i += kAhead * kStride) {
-      Pack<T> packs[kAhead];
-      for (int a = 0; a < kAhead; ++a) {
-        packs[a] = pack_at<const Pack<T>>(from + i + a * kStride);
+    const auto load = [&](Pack<T>& pack, int at) {
+      if (packed) {
+        pack = pack_at<const Pack<T>>(from + at);
+      } else {
+        for (int k = 0; k < kPack; ++k) pack.item[k] = from[at + k];
       }
+    };
+    int i = thread * kPack;
+    for (; !laid_out && i + (kAhead - 1) * kStride + kPack <= count; i += kAhead * kStride) {
+      Pack<T> packs[kAhead];
+      for (int a = 0; a < kAhead; ++a) load(packs[a], i + a * kStride);
       for (int a = 0; a < kAhead; ++a) take_pack(packs[a]);
     }
     for (; i < count; i += kStride) {
       Pack<T> pack{};
-      if (packed && i + kPack <= count) {
-        pack = pack_at<const Pack<T>>(from + i);
+      if (!laid_out && i + kPack <= count) {
+        load(pack, i);
       } else {
         for (int k = 0; k < kPack && i + k < count; ++k) {
           std::int64_t at[1] = {i + k};
@@ -163,29 +169,44 @@ FASTSGD_LANE void join_greatest(double& greatest, double x) {
   if (bits > bit_cast<std::uint64_t>(greatest)) greatest = bit_cast<double>(bits);
 #endif
 }
-FASTSGD_LANE void join(Measured& measured, Order order, const PieceMeasured& piece) {
-  if (piece.not_finite) join_bits(measured.not_finite, 1);
-  if (order == Order::kInfinity) return join_greatest(measured.greatest, piece.high);
-  ExactSum& sum = measured.sum(piece.scaled);
-  const auto add = [&](double x) {
-    if (x == 0) return;
-    ExactSum::add(
-        x, [&](int at, std::int64_t part) { join_sum(sum.place[at], part); },
-        [&](unsigned what) { join_bits(sum.special, what); });
-  };
-  add(piece.high);
-  add(piece.low);
+FASTSGD_LANE void join(ExactSum& sum, const ExactSum& part, int thread) {
+  for (int i = thread; i < ExactSum::kPlaces; i += kThreads) {
+    if (part.place[i] != 0) join_sum(sum.place[i], part.place[i]);
+  }
+  if (thread == 0 && part.special != 0) join_bits(sum.special, part.special);
+}
+
+// A thread's share of joining what a block has found into what all have.
+FASTSGD_LANE void join(Measured& measured, const Measured& found, int thread) {
+  join(measured.squares, found.squares, thread);
+  join(measured.scaled_down, found.scaled_down, thread);
+  join(measured.scaled_up, found.scaled_up, thread);
+  if (thread != 0) return;
+  if (found.greatest != 0) join_greatest(measured.greatest, found.greatest);
+  if (found.not_finite != 0) join_bits(measured.not_finite, 1);
+}
+
+// Calls with a thread's share of the words of what is measured.
+template <class Act>
+FASTSGD_LANE void each_word(int thread, Act act) {
+  static_assert(sizeof(Measured) % sizeof(std::uint64_t) == 0);
+  constexpr int kWords = sizeof(Measured) / sizeof(std::uint64_t);
+  for (int i = thread; i < kWords; i += kThreads) act(i);
+}
+
+FASTSGD_LANE void clear(Measured& found, int thread) {
+  auto* to = reinterpret_cast<std::uint64_t*>(&found);
+  each_word(thread, [&](int i) { to[i] = 0; });
 }
 
 // What is measured of the whole is brought to the block, and zeros left behind.
 FASTSGD_LANE void take_all(Standing& standing, Measured& found, int thread) {
-  static_assert(sizeof(Measured) % sizeof(std::uint64_t) == 0);
   auto* from = reinterpret_cast<volatile std::uint64_t*>(&standing.measured);
   auto* to = reinterpret_cast<std::uint64_t*>(&found);
-  for (int i = thread; i < static_cast<int>(sizeof(Measured) / sizeof(*to)); i += kThreads) {
+  each_word(thread, [&](int i) {
     to[i] = from[i];
     from[i] = 0;
-  }
+  });
 }
 
 // What the step is to know.
@@ -206,14 +227,24 @@ FASTSGD_LANE void measure_block(const Tables& tables, char* const* grads_here, s
                                 int blocks, bool laid_out, PieceBlock<T>& piece, Measured& found,
                                 bool& last) {
   if (overflowed(tables)) return;
+  std::int64_t at = block;
+  const auto prepare = [&] { piece.prepare(tables, grads_here, at, laid_out); };
   all_threads([&](int thread) {
-    if (thread == 0) piece.prepare(tables, grads_here, block, laid_out);
+    clear(found, thread);
+    if (thread == 0) prepare();
   });
-  const PieceMeasured measured = piece.template run<kOrder>();
+  while (at < tables.chunk_count) {
+    const PieceMeasured measured = piece.template run<kOrder>();
+    at += blocks;
+    all_threads([&](int thread) {
+      if (thread != 0) return;
+      found.add(measured, kOrder);
+      if (at < tables.chunk_count) prepare();
+    });
+  }
+  all_threads([&](int thread) { join(tables.standing->measured, found, thread); });
   all_threads([&](int thread) {
-    if (thread != 0) return;
-    join(tables.standing->measured, kOrder, measured);
-    last = tables.last && is_last(tables.standing->ticket, blocks);
+    if (thread == 0) last = tables.last && is_last(tables.standing->ticket, blocks);
   });
   if (!last) return;
   all_threads([&](int thread) { take_all(*tables.standing, found, thread); });

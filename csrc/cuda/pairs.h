@@ -46,11 +46,13 @@ template <class What, class T>
 struct PairBlock {
   using Scalar = typename Compute<T>::Scalar;
   static constexpr int kCount = What::kPairs ? 2 : 1, kLast = kCount - 1;
+  static constexpr int kApart = -1;
 
   Around around;
   AroundLanes<Scalar> lanes;
   T* stream[kCount];
-  int count, head;
+  int count;
+  int head;  // elements before the first that is aligned in both; kApart if none is
   Corner corner;
 
   FASTSGD_LANE void prepare(const Tables& tables, char* const* grads_here, std::int64_t block,
@@ -66,39 +68,36 @@ struct PairBlock {
     stream[kLast] = reinterpret_cast<T*>(grad_of(tables, grads_here, chunk)) + offset;
     const int needed = before_alignment(stream[0]);
     const bool together = over_alignment(stream[0]) == over_alignment(stream[kLast]);
-    head = together && needed < count ? needed : count;
+    head = !together ? kApart : needed < count ? needed : count;
   }
 
-  template <class E>
-  FASTSGD_LANE static E& at(T* stream, std::int64_t i) {
-    if constexpr (sizeof(E) == kPackBytes) {
-      return pack_at<E>(stream + i);
-    } else {
-      return stream[i];
-    }
-  }
-  // Loaded, and stored where they are written: E is an element, or a pack of some.
-  template <class E, class Apply>
-  FASTSGD_LANE void act(std::int64_t i, std::int64_t j, Apply apply) const {
-    E first = at<E>(stream[0], i), second = at<E>(stream[kLast], j);
-    apply(first, second);
-    at<E>(stream[0], i) = first;
-    if (What::kWritesSecond) at<E>(stream[kLast], j) = second;
-  }
+  // Loaded, and stored where they are written.
   FASTSGD_LANE void act_one(std::int64_t i, std::int64_t j) const {
-    act<T>(i, j, [&](T& a, T& b) { What::apply(around, lanes, a, b); });
+    T first = stream[0][i], second = stream[kLast][j];
+    What::apply(around, lanes, first, second);
+    stream[0][i] = first;
+    if (What::kWritesSecond) stream[kLast][j] = second;
   }
+  template <bool kTogether>
   FASTSGD_LANE void act_pack(int i) const {
-    act<Pack<T>>(i, i, [&](Pack<T>& a, Pack<T>& b) {
-      for (int k = 0; k < Pack<T>::kSize; ++k) What::apply(around, lanes, a.item[k], b.item[k]);
-    });
+    Pack<T> first = load_pack<kTogether>(stream[0] + i);
+    Pack<T> second = load_pack<kTogether>(stream[kLast] + i);
+    for (int k = 0; k < Pack<T>::kSize; ++k) {
+      What::apply(around, lanes, first.item[k], second.item[k]);
+    }
+    store_pack<kTogether>(stream[0] + i, first);
+    if (What::kWritesSecond) store_pack<kTogether>(stream[kLast] + i, second);
   }
 
   FASTSGD_LANE void run_flat(int thread) const {
     FASTSGD_ASSUME_GLOBAL(stream[0]);
     FASTSGD_ASSUME_GLOBAL(stream[kLast]);
-    share<Pack<T>::kSize>(
-        thread, count, head, [&](int i) { act_pack(i); }, [&](int i) { act_one(i, i); });
+    const auto one = [&](int i) { act_one(i, i); };
+    if (head == kApart) {
+      share_apart<Pack<T>::kSize>(thread, count, [&](int i) { act_pack<false>(i); }, one);
+    } else {
+      share<Pack<T>::kSize>(thread, count, head, [&](int i) { act_pack<true>(i); }, one);
+    }
   }
   FASTSGD_LANE void run_laid_out(int thread) const {
     for (int i = thread; i < count; i += kThreads) {

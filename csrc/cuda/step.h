@@ -15,6 +15,7 @@ struct Block {
   static constexpr int kStreams = kState + kStates;
   static constexpr int kPack = Pack<T>::kSize;
   static constexpr bool kHalf = sizeof(T) == 2;
+  static constexpr int kApart = -1;
 
   typename R::template Scalars<Scalar> scalars;
   Around around;
@@ -23,7 +24,7 @@ struct Block {
   T* stream[kStreams];  // at the first element of the chunk; laid out ones at that of the item
   char* average;        // likewise; of float32 or of T
   int count;
-  int head;       // elements before the first that is aligned in every stream
+  int head;       // elements before the first that is aligned in every stream; kApart if none is
   Corner corner;  // where the streams do not lie flat
 
   // `grads_here` are those of the arguments, where the tables have none.
@@ -68,14 +69,14 @@ struct Block {
   }
   FASTSGD_LANE bool writes_grad() const { return kAround && around.writes_grad(); }
 
-  // All of them where the streams are aligned differently.
   FASTSGD_LANE int elements_before_alignment(const Around& around) const {
     const int first = over_alignment(stream[0]);
     const int needed = before_alignment(stream[0]);
     bool together = first % static_cast<int>(sizeof(T)) == 0;
     for (int s = 1; s < kStreams; ++s) together &= over_alignment(stream[s]) == first;
     if (averages(around)) together &= over_alignment(average + needed * average_size(around)) == 0;
-    return together && needed < count ? needed : count;
+    if (!together) return kApart;
+    return needed < count ? needed : count;
   }
 
   // One element of each stream, in registers; as in the CPU's kernels.
@@ -127,38 +128,49 @@ struct Block {
   }
 
   // The averages of the parameters in a pack.
+  static constexpr int kWidePacks = kHalf ? 2 : 1, kWidePack = Pack<float>::kSize;
   struct Averages {
     Pack<T> narrow;
-    Pack<float> wide[kHalf ? 2 : 1];
+    Pack<float> wide[kWidePacks];
   };
+  template <bool kTogether>
+  FASTSGD_LANE float* wide_at(int i, int pack) const {
+    return reinterpret_cast<float*>(average) + i + pack * kWidePack * (kTogether ? 1 : kThreads);
+  }
   // What is assumed of a pointer holds where it is assumed: not beyond an if.
+  template <bool kTogether>
   FASTSGD_LANE void load(Averages& averages, int i) const {
     FASTSGD_ASSUME_GLOBAL(average);
     if (wide(around)) {
-      const auto* from = &pack_at<const Pack<float>>(average + i * sizeof(float));
-      for (int half = 0; half < (kHalf ? 2 : 1); ++half) averages.wide[half] = from[half];
+      for (int p = 0; p < kWidePacks; ++p) {
+        averages.wide[p] = load_pack<kTogether>(wide_at<kTogether>(i, p));
+      }
     } else {
-      averages.narrow = pack_at<const Pack<T>>(average + i * sizeof(T));
+      averages.narrow = load_pack<kTogether>(reinterpret_cast<T*>(average) + i);
     }
   }
+  template <bool kTogether>
   FASTSGD_LANE void move_and_store(Averages& averages, const Pack<T>& param, int i) const {
     FASTSGD_ASSUME_GLOBAL(average);
     if (wide(around)) {
-      auto* to = &pack_at<Pack<float>>(average + i * sizeof(float));
-      for (int k = 0; kHalf && k < kPack; ++k)
-        move(averages.wide[k / 4].item[k % 4], param.item[k]);
-      for (int half = 0; half < (kHalf ? 2 : 1); ++half) to[half] = averages.wide[half];
+      for (int k = 0; kHalf && k < kPack; ++k) {
+        move(averages.wide[k / kWidePack].item[k % kWidePack], param.item[k]);
+      }
+      for (int p = 0; p < kWidePacks; ++p) {
+        store_pack<kTogether>(wide_at<kTogether>(i, p), averages.wide[p]);
+      }
     } else {
       for (int k = 0; k < kPack; ++k) move(averages.narrow.item[k], param.item[k]);
-      pack_at<Pack<T>>(average + i * sizeof(T)) = averages.narrow;
+      store_pack<kTogether>(reinterpret_cast<T*>(average) + i, averages.narrow);
     }
   }
 
+  template <bool kTogether>
   FASTSGD_LANE void step_pack(int i) const {
     Pack<T> pack[kStreams];
-    Averages of_pack;
-    for (int s = 0; s < kStreams; ++s) pack[s] = pack_at<const Pack<T>>(stream[s] + i);
-    if (averages(around)) load(of_pack, i);
+    Averages of_pack{};
+    for (int s = 0; s < kStreams; ++s) pack[s] = load_pack<kTogether>(stream[s] + i);
+    if (averages(around)) load<kTogether>(of_pack, i);
     for (int k = 0; k < kPack; ++k) {
       Scalar p = to_scalar(pack[kParam].item[k]), state[kStates + 1];
       for (int j = 0; j < kStates; ++j) state[j] = to_scalar(pack[kState + j].item[k]);
@@ -170,15 +182,20 @@ struct Block {
       if (around.clears) pack[kGrad] = {};
     }
     for (int s = 0; s < kStreams; ++s) {
-      if (s != kGrad || writes_grad()) pack_at<Pack<T>>(stream[s] + i) = pack[s];
+      if (s != kGrad || writes_grad()) store_pack<kTogether>(stream[s] + i, pack[s]);
     }
-    if (averages(around)) move_and_store(of_pack, pack[kParam], i);
+    if (averages(around)) move_and_store<kTogether>(of_pack, pack[kParam], i);
   }
 
   // A thread's share of a chunk whose streams lie flat.
   FASTSGD_LANE void run_flat(int thread) const {
     for (int s = 0; s < kStreams; ++s) FASTSGD_ASSUME_GLOBAL(stream[s]);
-    share<kPack>(thread, count, head, [&](int i) { step_pack(i); }, [&](int i) { step_one(i); });
+    const auto one = [&](int i) { step_one(i); };
+    if (head == kApart) {
+      share_apart<kPack>(thread, count, [&](int i) { step_pack<false>(i); }, one);
+    } else {
+      share<kPack>(thread, count, head, [&](int i) { step_pack<true>(i); }, one);
+    }
   }
 
   // A thread's share of one whose streams lie as the layout says.

@@ -70,7 +70,7 @@ struct Tables {
   const Layout* layouts;
   const Hypers* hypers;  // null where they are in the arguments
   char* const* grads;    // likewise; by item
-  std::int32_t item_count;
+  std::int32_t item_count, chunk_count;
   bool counts;              // something is to be counted: the steps of items, or the averages
   bool last;                // of the step's launches, or of those that measure
   const float* grad_scale;  // of a gradient scaler; null where there is none
