@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fastsgd.bench.bandwidth import race_copies, race_passes
 from fastsgd.bench.check import Verdict, checked, reference
@@ -50,10 +51,10 @@ def step_row(
     return row
 
 
-def our_runner(
+def our_optimizer(
     inputs: Inputs, rule: Rule, truth: list[Tensor], settings: Settings
-) -> tuple[Runner, Verdict]:
-    """Our step, after a look at its results.
+) -> tuple[Optimizer, Verdict]:
+    """Ours, ready to be timed, after a look at its results.
 
     Raises:
         WrongResultError: If they are wrong, or have not the bits that they should have.
@@ -65,6 +66,14 @@ def our_runner(
             f"{inputs.shape.name}, {rule.title}: fastsgd has {verdict.wrong} of "
             f"{inputs.shape.elements} elements wrong{bits}; nothing was timed."
         )
+    return optimizer, verdict
+
+
+def our_runner(
+    inputs: Inputs, rule: Rule, truth: list[Tensor], settings: Settings
+) -> tuple[Runner, Verdict]:
+    """The step of ours, likewise."""
+    optimizer, verdict = our_optimizer(inputs, rule, truth, settings)
     return settings.runner(optimizer.step, settings.threads), verdict
 
 
