@@ -143,7 +143,7 @@ Left exchange_all(const std::vector<at::Tensor>& params, const std::vector<at::T
                         *tensor->unsafeGetTensorImpl());
     }
     const auto number = static_cast<std::int64_t>(i);
-    auto* work = all.find(*param.unsafeGetTensorImpl());
+    auto* work = directly ? all.find(*param.unsafeGetTensorImpl()) : nullptr;
     Plan& where = work == nullptr ? plan : work->plan;
     if (!directly || param.dtype() != average.dtype() ||
         !where.add_exchange(number, param, average)) {

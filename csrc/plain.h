@@ -109,7 +109,8 @@ struct Plain {
 // Those on the CPU.
 const Plain& plain();
 
-// Those on any device. Makes tensors there, to look at, when it is first asked.
-const Plain& plain_on(c10::Device device);
+// Those on any device. Makes tensors there, to look at, when it is first asked; under a mode that
+// would make others, what they look like is forgotten again.
+Plain plain_on(c10::Device device);
 
 }  // namespace fastsgd

@@ -120,4 +120,4 @@ class Exchange:
 
 def local(tensor: Tensor) -> Tensor:
     """Return the shard of a distributed tensor that is here; another is its own."""
-    return tensor.tolocal() if hasattr(tensor, "tolocal") else tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

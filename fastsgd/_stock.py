@@ -49,6 +49,8 @@ def step_in_parts(
     ]
     if any(theirs):
         _step_part(optimizer, step_as_stock, theirs)
+        if not _is_ours(optimizer):  # its loop over the groups has come to those added meanwhile
+            routes = routes + [list(range(len(group["params"]))) for group in groups[len(routes) :]]
     if _C.step_rest(optimizer, routes, *known):
         return
     taken = chain(map(set, routes), repeat(set()))  # none of groups that were added meanwhile
@@ -57,6 +59,11 @@ def step_in_parts(
         for group, part in zip(groups, taken, strict=False)
     ]
     with_changes(_params(groups, ours), partial(_step_the_rest, optimizer, step_as_stock, known))
+
+
+def _is_ours(optimizer: Optimizer) -> bool:
+    """Whether its class is one of this package's, or says at least whose rule it follows."""
+    return "_rule" in vars(type(optimizer))
 
 
 def _step_part(optimizer: Optimizer, step_as_stock: Step, params: list[list[Tensor]]) -> None:
@@ -68,7 +75,7 @@ def _step_part(optimizer: Optimizer, step_as_stock: Step, params: list[list[Tens
     they are stepped.
     """
     groups = optimizer.param_groups
-    if "_rule" not in vars(type(optimizer)):
+    if not _is_ours(optimizer):
         with_changes(_params(groups, params), partial(step_as_stock, optimizer))
         return
     parts = [{**group, "params": part} for group, part in zip(groups, params, strict=True) if part]

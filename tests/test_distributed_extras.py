@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn import Parameter
 
 import fastsgd
+from fastsgd._exchange import Exchange
 
 DECAY = 0.75
 CPU = torch.device("cpu")
@@ -87,6 +88,15 @@ def train_shards(order: str, skips: bool) -> None:
             with ours.ema_weights():
                 assert_equal(values(params), averages)
             assert_equal(values(params), values(shards))
+            exchange = Exchange(params, kept)
+            exchange.make()
+            assert exchange.left == [[]], "the kernels exchange all"
+            exchange.undo()
+            assert_equal(values(params), values(shards))
+            freed = next(local(k) for k in kept if local(k).numel() > 0)
+            freed.untyped_storage().resize_(0)
+            with pytest.raises(RuntimeError, match="0 bytes, too few"), ours.ema_weights():
+                pass
 
 
 @pytest.mark.parametrize("skips", [False, True])

@@ -656,9 +656,14 @@ def test_no_python_code_while_a_step_is_planned(row: Row) -> None:
 
 @pytest.mark.parametrize("extras", [{}, {"max_grad_norm": 1e9, "ema_decay": 0.5}], ids=str)
 @pytest.mark.parametrize("foreign", [False, True])
-def test_a_group_added_in_torchs_part(row: Row, extras: dict[str, Any], foreign: bool) -> None:
-    """It is stepped too, as stock's loop over the groups comes to it; in whoever's code."""
+@pytest.mark.parametrize("derived", [False, True])
+def test_a_group_added_in_torchs_part(
+    row: Row, extras: dict[str, Any], foreign: bool, derived: bool
+) -> None:
+    """It is stepped too, as stock's loop over the groups comes to it; once, in whoever's code."""
     twins = Twins(row, lambda: [*parameters((5,))(), Watched(torch.randn(9))], **row.rich)
+    if derived:
+        twins.ours.__class__ = type("Derived", (row.ours,), {})
     for name, value in extras.items():
         setattr(twins.ours, name, value)
 

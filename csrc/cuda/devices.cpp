@@ -49,8 +49,8 @@ EmulatedWork& emulated_work() {
 char* FirstSteps::begin(Device& device, const at::Tensor& state) {
   if (counts_.size() >= worth_forgetting_) forget_the_dead();
   if (memory_ == nullptr || used_ == kCounts) {
-    device.begin();  // the step may yet fail, and the next one be on another stream
     auto memory = device.allocate(kCounts * sizeof(float));
+    device.begin();  // the step may yet fail, and the next one be on another stream
     device.zero(memory.get(), kCounts * sizeof(float));
     device.end();
     memory_ = std::make_shared<c10::DataPtr>(std::move(memory));
@@ -72,12 +72,12 @@ char* FirstSteps::find(c10::TensorImpl& state) {
 
 void FirstSteps::use(Device& device) {
   if (device.stream() == stream_) return;
-  stream_ = device.stream();
   const c10::DataPtr* last = nullptr;  // most are in the same memory
   for (const auto& entry : counts_) {
     const c10::DataPtr* memory = entry.second.memory.get();
     if (std::exchange(last, memory) != memory) device.used(*memory);
   }
+  stream_ = device.stream();
 }
 
 void FirstSteps::forget_the_dead() {

@@ -186,23 +186,26 @@ FASTSGD_LANE void join(Measured& measured, const Measured& found, int thread) {
   if (found.not_finite != 0) join_bits(measured.not_finite, 1);
 }
 
-// Calls with a thread's share of the words of what is measured.
+// What is measured, as words, whatever its members are.
+using Word __attribute__((may_alias)) = std::uint64_t;
+
+// Calls with a thread's share of them.
 template <class Act>
 FASTSGD_LANE void each_word(int thread, Act act) {
-  static_assert(sizeof(Measured) % sizeof(std::uint64_t) == 0);
-  constexpr int kWords = sizeof(Measured) / sizeof(std::uint64_t);
+  static_assert(sizeof(Measured) % sizeof(Word) == 0);
+  constexpr int kWords = sizeof(Measured) / sizeof(Word);
   for (int i = thread; i < kWords; i += kThreads) act(i);
 }
 
 FASTSGD_LANE void clear(Measured& found, int thread) {
-  auto* to = reinterpret_cast<std::uint64_t*>(&found);
+  auto* to = reinterpret_cast<Word*>(&found);
   each_word(thread, [&](int i) { to[i] = 0; });
 }
 
 // What is measured of the whole is brought to the block, and zeros left behind.
 FASTSGD_LANE void take_all(Standing& standing, Measured& found, int thread) {
-  auto* from = reinterpret_cast<volatile std::uint64_t*>(&standing.measured);
-  auto* to = reinterpret_cast<std::uint64_t*>(&found);
+  auto* from = reinterpret_cast<volatile Word*>(&standing.measured);
+  auto* to = reinterpret_cast<Word*>(&found);
   each_word(thread, [&](int i) {
     to[i] = from[i];
     from[i] = 0;
