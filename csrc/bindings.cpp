@@ -243,7 +243,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("has_kernels_for", &fastsgd::cuda::has_kernels_for,
              "Whether this build has kernels that run on a device.");
   module.def("grad_norm", &fastsgd::grad_norm,
-             "The total norm of the gradients at an optimizer's last step; None before.");
+             "The total norm of the gradients at an optimizer's last step that measured it; None "
+             "before.");
   module.def("skipped_steps", &fastsgd::skipped_steps, "How many steps an optimizer has skipped.");
   module.def("decay", &fastsgd::decay,
              "What an optimizer's schedule of ema_decay said when a step last asked it.");

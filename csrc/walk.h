@@ -25,8 +25,8 @@ namespace fastsgd {
 // For each group, the indices of the parameters that only stock's path can take.
 using Routes = std::vector<std::vector<std::int64_t>>;
 
-// What Python has found out for a step of which stock takes a part: the factor of the gradients,
-// and the decay of the averages.
+// What Python has found out for a step of which stock takes a part, or of which only Python can
+// find the norm: the factor of the gradients, and the decay of the averages.
 struct Known {
   double factor;
   std::optional<double> decay;

@@ -121,9 +121,10 @@ class WithAverages(WithExtras):
         """Have the parameters hold their averages within a ``with`` block.
 
         What parameters and averages hold is exchanged in place, and exchanged back at the end of
-        the block, also if it raises, bit for bit; no copy is made. (float32 averages of halves are
-        rounded; there the parameters' own values are copied for as long.) Parameters that have no
-        average, as they never had a gradient, are their own.
+        the block, also if it raises, bit for bit. No copy is made but of what the kernels do not
+        take, and of the parameters' own values where averages of halves are float32, which are
+        rounded for the block. Parameters that have no average, as they never had a gradient, are
+        their own.
 
         Raises:
             RuntimeError: Without ``ema_decay``, before the first step, or inside another such

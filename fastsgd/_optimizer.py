@@ -61,6 +61,9 @@ class FusedStep(WithAverages):
         """How many steps ``skip_nonfinite`` has skipped since the optimizer was made or copied.
 
         A device is waited for, to know it.
+
+        Raises:
+            RuntimeError: While a CUDA graph is being captured, if a device counts them.
         """
         return _C.skipped_steps(unwrapped(self))
 

@@ -38,7 +38,8 @@ def step_in_parts(
         optimizer: The optimizer.
         step_as_stock: Steps all parameters of one in torch's code.
         routes: Who is to take which.
-        known: What the kernels are to do around the rule, besides what the optimizer says.
+        known: All that the kernels are to do around the rule, but for clipping by value; empty
+            where nothing is done around it.
     """
     if not routes:
         step_as_stock(optimizer)

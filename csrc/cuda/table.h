@@ -36,7 +36,8 @@ struct Item {
   bool counter_is_double;
 };
 
-// What one block does: `count` elements of an item from `begin` on.
+// What one block does at a time: `count` elements of an item from `begin` on. One that measures
+// does several of these, any other does one.
 struct Chunk {
   std::int32_t item;
   std::int32_t count;
