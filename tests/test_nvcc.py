@@ -55,16 +55,21 @@ REGISTERS_FOR_THREE = 85
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_register_is_spilled(architecture: str, folder: Path) -> None:
-    """The kernels compile, none keeps anything in memory of its own, and steps leave room."""
+    """The kernels compile, none keeps registers in memory, and steps of float32 leave room.
+
+    The last pack of a norm of halves is filled in memory, on architectures from 100 on.
+    """
     _, report = cubin(architecture, folder)
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", report)
+    numbers = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    frames = re.findall(rf"properties for (\S+)\s+{numbers}", report)
     assert len(frames) >= 36 * 4
-    assert set(frames) == {("0", "0", "0")}
+    assert all(spilled == ["0", "0"] for _, _, *spilled in frames)
+    assert not [name for name, frame, *_ in frames if frame != "0" and "measure" not in name]
     registers = dict(re.findall(r"entry function '(\S+)'(?s:.*?)Used (\d+) registers", report))
-    # Of steps that are computed in float, lie flat, and have nothing around the rule.
-    plain = re.compile(r"4stepI.*Li\dE[^d].*Lb0ELb0E")
+    # Steps that lie flat, without anything around the rule.
+    plain = re.compile(r"4stepI.*Li\dEf.*Lb0ELb0E")
     steps = {name: int(n) for name, n in registers.items() if plain.search(name)}
-    assert len(steps) >= 27
+    assert len(steps) >= 9
     assert max(steps.values()) <= REGISTERS_FOR_THREE, steps
 
 
