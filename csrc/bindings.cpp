@@ -124,7 +124,7 @@ PyObject* step_or_route(PyObject*, PyObject* const* arguments, Py_ssize_t count)
     const std::optional<Known> known = known_of(arguments + 1, count - 1);
     const WalkersOf walkers(arguments[0]);
     Walker& walker = walkers.idle();
-    if (walker.step(arguments[0], known ? &*known : nullptr)) Py_RETURN_NONE;
+    if (walker.step(arguments[0], known)) Py_RETURN_NONE;
     const Routes routes = walker.routes();  // making lists may run Python code, which may step
     return py::cast(routes).release().ptr();
   });
@@ -136,7 +136,7 @@ PyObject* step_rest(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     const auto taken = py::cast<Routes>(py::handle(arguments[1]));
     const std::optional<Known> known = known_of(arguments + 2, count - 2);
     const WalkersOf walkers(arguments[0]);
-    return PyBool_FromLong(walkers.idle().step(arguments[0], known ? &*known : nullptr, &taken));
+    return PyBool_FromLong(walkers.idle().step(arguments[0], known, &taken));
   });
 }
 
@@ -182,8 +182,7 @@ PyMethodDef methods[] = {
      "written."},
     {"step_or_route", fast_call(step_or_route), METH_FASTCALL,
      "Step every parameter of an optimizer and return None; or write nothing and return, for each "
-     "group, the indices of the parameters that only stock's path can take. No groups: all of "
-     "them. "
+     "group, the indices of the parameters that only stock's path can take. No groups: all. "
      "Groups without any: none, but Python must find the norm first and call again. If the factor "
      "of the gradients and the decay of averages (or None) are given, nothing else but clipping by "
      "value is done around the rule."},
@@ -192,8 +191,7 @@ PyMethodDef methods[] = {
      "stepped. Returns whether it did; where not, nothing was written."},
     {"zero_grad", fast_call(zero_grad), METH_FASTCALL,
      "Reset the gradients of an optimizer; return the parameters that are left to Python, as they "
-     "or their gradients are of a class of their own. Does nothing and returns NotImplemented "
-     "where "
+     "or their gradients are of a class of their own. Does nothing and returns NotImplemented if "
      "the groups are kept in some way of their own, and None where someone profiles and is not "
      "`observed` to know it."},
     {nullptr, nullptr, 0, nullptr}};
@@ -220,8 +218,7 @@ PYBIND11_MODULE(_C, module) {
         return fastsgd::plain().type_of(*tensor.unsafeGetTensorImpl()) != fastsgd::kStorages;
       },
       "For tests: whether a tensor is what the kernels take without a closer look: dense, on the "
-      "CPU and of a "
-      "dtype that they know.");
+      "CPU and of a dtype that they know.");
   module.def(
       "emulate_device",
       [](bool on, bool captures) {

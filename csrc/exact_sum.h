@@ -16,30 +16,26 @@ struct ExactSum {
   std::int64_t place[kPlaces];
   unsigned special;  // what else was added
 
-  // Adds `x`; add(place, digits) adds to a place, and note(special) joins what is no number. At
-  // most 2^31 times.
-  template <class Add, class Note>
-  FASTSGD_LANE static void add(double x, Add add, Note note) {
+  // At most 2^31 times.
+  FASTSGD_LANE void add(double x) {
     std::uint64_t bits;
     std::memcpy(&bits, &x, sizeof(bits));
     const std::int64_t sign = static_cast<std::int64_t>(bits) >> 63;  // 0 or -1
     const int exponent = static_cast<int>(bits >> 52 & 0x7ff);
     std::uint64_t digits = bits & 0xfffffffffffff;
-    if (exponent == 0x7ff) return note(digits != 0 ? kNan : kInfinite);
+    if (exponent == 0x7ff) {
+      special |= digits != 0 ? kNan : kInfinite;
+      return;
+    }
     if (exponent != 0) digits |= std::uint64_t{1} << 52;
     const int position = exponent == 0 ? 0 : exponent - 1, shift = position % 32;
     const std::uint64_t low = digits << shift, high = digits >> 1 >> (63 - shift);
     const auto put = [&](int at, std::uint64_t part) {
-      add(at, (static_cast<std::int64_t>(part) ^ sign) - sign);
+      place[at] += (static_cast<std::int64_t>(part) ^ sign) - sign;
     };
     put(position / 32, low & 0xffffffff);
     put(position / 32 + 1, low >> 32);
     put(position / 32 + 2, high);
-  }
-  FASTSGD_LANE void add(double x) {
-    add(
-        x, [this](int at, std::int64_t part) { place[at] += part; },
-        [this](unsigned what) { special |= what; });
   }
   FASTSGD_LANE void add(const ExactSum& other) {
     for (int i = 0; i < kPlaces; ++i) place[i] += other.place[i];

@@ -157,7 +157,7 @@ Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defau
   return all ? Way::kKernels : Way::kParts;
 }
 
-bool Walker::step(PyObject* optimizer, const Known* known, const Routes* taken) {
+bool Walker::step(PyObject* optimizer, const std::optional<Known>& known, const Routes* taken) {
   const Busy guard(busy);
   const Cleanup cleanup{*this};
   Ref kept = Ref::borrow(attributes_of(optimizer));
@@ -166,7 +166,7 @@ bool Walker::step(PyObject* optimizer, const Known* known, const Routes* taken) 
     TORCH_CHECK(!extras_->swapped,
                 "step() inside ema_weights(): the parameters hold their averages. Leave the block "
                 "before the next step.");
-    if (known == nullptr) return;
+    if (!known) return;
     known_extras_ = extras_->with(known->factor, known->decay);
     extras_ = &known_extras_;
   };

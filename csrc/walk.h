@@ -54,7 +54,8 @@ class Walker {
   // by this factor, clip by value and average with this decay. `taken`, if given: what stock has
   // stepped already in this very step. The others are stepped if the walk finds that exactly these
   // are stock's; else nothing is written and false is returned.
-  bool step(PyObject* optimizer, const Known* known = nullptr, const Routes* taken = nullptr);
+  bool step(PyObject* optimizer, const std::optional<Known>& known = {},
+            const Routes* taken = nullptr);
   const Routes& routes() const { return routes_; }
   // Whether the last step left any to stock: then the next will.
   bool left_any() const { return left_any_; }

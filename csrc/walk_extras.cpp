@@ -136,8 +136,8 @@ std::int64_t Walker::averages_so_far(const Averaged& averaged) {
   if (!there.defined()) return averaged.count;
   const bool is_one = there.scalar_type() == at::kLong && there.numel() == 1;
   cuda::DeviceWork* work = is_one ? devices_.find(*there.unsafeGetTensorImpl()) : nullptr;
-  if (work !=
-      nullptr) {  // on whatever stream it was counted, which the current one need not wait for
+  if (work != nullptr) {
+    // On whatever stream it was counted, which the current one need not wait for.
     return read(work->device(), static_cast<const std::int64_t*>(there.const_data_ptr()));
   }
   const WithoutGil guard(true);

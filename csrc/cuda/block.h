@@ -71,6 +71,9 @@ FASTSGD_LANE void store_pack(T* to, const Pack<T>& pack) {
   }
 }
 
+// Where the first element lies that is aligned in every stream: nowhere.
+inline constexpr int kApart = -1;
+
 // A thread's share of `count` elements that lie side by side: packs from the `head`th element on,
 // and single elements before and after.
 template <int kPack, class Packs, class One>

@@ -46,7 +46,6 @@ template <class What, class T>
 struct PairBlock {
   using Scalar = typename Compute<T>::Scalar;
   static constexpr int kCount = What::kPairs ? 2 : 1, kLast = kCount - 1;
-  static constexpr int kApart = -1;
 
   Around around;
   AroundLanes<Scalar> lanes;

@@ -15,7 +15,6 @@ struct Block {
   static constexpr int kStreams = kState + kStates;
   static constexpr int kPack = Pack<T>::kSize;
   static constexpr bool kHalf = sizeof(T) == 2;
-  static constexpr int kApart = -1;
 
   typename R::template Scalars<Scalar> scalars;
   Around around;
