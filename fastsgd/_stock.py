@@ -6,7 +6,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from itertools import chain, repeat
 from operator import setitem
 from typing import Any
 
@@ -44,22 +43,40 @@ def step_in_parts(
     if not routes:
         step_as_stock(optimizer)
         return
-    groups = optimizer.param_groups
     theirs = [
-        [group["params"][i] for i in route] for group, route in zip(groups, routes, strict=True)
+        [group["params"][i] for i in route]
+        for group, route in zip(optimizer.param_groups, routes, strict=True)
     ]
     if any(theirs):
+        before = params_of(optimizer)
         _step_part(optimizer, step_as_stock, theirs)
-        if not _is_ours(optimizer):  # its loop over the groups has come to those added meanwhile
-            routes = routes + [list(range(len(group["params"]))) for group in groups[len(routes) :]]
+        routes = _routes_now(optimizer, [param for part in theirs for param in part], before)
     if _C.step_rest(optimizer, routes, *known):
         return
-    taken = chain(map(set, routes), repeat(set()))  # none of groups that were added meanwhile
+    groups = optimizer.param_groups
     ours = [  # of which torch must take some after all
         [param for i, param in enumerate(group["params"]) if i not in part]
-        for group, part in zip(groups, taken, strict=False)
+        for group, part in zip(groups, map(set, routes), strict=True)
     ]
     with_changes(_params(groups, ours), partial(_step_the_rest, optimizer, step_as_stock, known))
+
+
+def _routes_now(optimizer: Optimizer, stepped: list[Tensor], before: list[Tensor]) -> Routes:
+    """Return where those stand that were stepped, among groups that torch's part may have changed.
+
+    Parameters that were in none before are the kernels' to step, but for a class of somebody's
+    own, whose loop over the groups has come to them.
+    """
+    taken, old = set(map(id, stepped)), set(map(id, before))
+    all_new = not _is_ours(optimizer)
+    return [
+        [
+            i
+            for i, param in enumerate(group["params"])
+            if id(param) in taken or (all_new and id(param) not in old)
+        ]
+        for group in optimizer.param_groups
+    ]
 
 
 def _is_ours(optimizer: Optimizer) -> bool:

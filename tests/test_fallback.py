@@ -683,6 +683,27 @@ def test_a_group_added_in_torchs_part(
         assert_equal(p.detach(), q.detach())
 
 
+def test_a_group_taken_away_in_torchs_part(row: Row) -> None:
+    """Each of the others is stepped once, wherever it stands then."""
+    groups = [[Watched(torch.randn(9))], parameters((5,))(), [*parameters((3,), (4,))()]]
+    groups[2].append(Watched(torch.randn(2)))
+    params = [p for group in groups for p in group]
+    optimizer = row.ours([{"params": group} for group in groups], **row.rich)
+    stock = row.stock([{"params": [Parameter(p.detach().clone())]} for p in params], **row.rich)
+    for p, q in zip(params, all_params(stock), strict=True):
+        p.grad = torch.randn(p.shape)
+        q.grad = p.grad.clone()
+    gone, kept = params[1], [p for p in params if p is not params[1]]
+    gone_was = gone.detach().clone()
+    groups[0][0].once("on_write", lambda: optimizer.param_groups.pop(1))
+    optimizer.step()
+    stock.step()
+    assert all_params(optimizer) == kept and torch.equal(gone, gone_was)
+    for p, q in zip(params, all_params(stock), strict=True):
+        if p is not gone:
+            assert_equal(p.detach(), q.detach())
+
+
 def test_what_a_step_sets_stays(row: Row) -> None:
     """What an own `_init_group` sets, in slots too; and nothing ends with torch's part."""
     ends = []
