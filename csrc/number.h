@@ -3,6 +3,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <limits>
 
 namespace fastsgd {
 
@@ -30,6 +31,13 @@ struct Number {
 
   bool is_tensor() const { return dtype != kPython; }
 };
+
+// Whether a number is finite, but would not be in float32.
+constexpr bool is_beyond_float(double x) {
+  constexpr double kMost = std::numeric_limits<float>::max(),
+                   kMostOfAll = std::numeric_limits<double>::max();
+  return (x > kMost && x <= kMostOfAll) || (x < -kMost && x >= -kMostOfAll);
+}
 
 Number operator+(const Number& a, const Number& b);
 Number operator-(const Number& a, const Number& b);

@@ -35,8 +35,9 @@ struct Update {
   int kernel = kNoKernel;  // that for the first storage type; the others' follow
   std::int32_t row = -1;
   bool writes_grad = false;
-  bool adds_param = false;  // to the gradient
-  bool wide = false;        // averages of parameters of 16 bits are float32
+  bool adds_param = false;   // to the gradient
+  bool wide = false;         // averages of parameters of 16 bits are float32
+  bool for_doubles = false;  // alone, as a scalar is beyond float32
 
   bool writes(int stream) const { return stream != kGrad || writes_grad; }
 };

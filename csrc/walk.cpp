@@ -46,7 +46,7 @@ PyObject* attributes_of(PyObject* object) {
   return dict.get();
 }
 
-Walker::Walker(int rule, bool foreign, Findings& findings)
+Walker::Walker(int rule, Foreign foreign, Findings& findings)
     : foreign_(foreign),
       findings_(findings),
       rule_(rule_at(rule)),
@@ -122,7 +122,8 @@ Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defau
   PyObject* differentiable = differentiable_.optional_in(defaults);
   bool differentiates = false;
   if (differentiable != nullptr && !read_flag(differentiable, differentiates)) return Way::kStock;
-  if (differentiates || foreign_ || any_mode()) return Way::kStock;
+  if (differentiates || foreign_ != Foreign::kNothing || any_mode()) return Way::kStock;
+  if (init_group_.optional_in(attributes) != nullptr) return Way::kStock;  // one of its own
   scaling_ = options_.read_scaling(attributes);
   if (!scaling_.readable) return Way::kStock;
   if (scaling_.skip) return Way::kNone;
@@ -209,7 +210,7 @@ bool Walker::zero_grad(PyObject* optimizer, bool set_to_none, std::vector<Ref>& 
   const Busy guard(busy);
   const Cleanup cleanup{*this};
   const Ref groups = Ref::borrow(param_groups_.optional_in(attributes_of(optimizer)));
-  return !foreign_ && grad_reset_.reset(groups.get(), set_to_none, others);
+  return foreign_ != Foreign::kAttributes && grad_reset_.reset(groups.get(), set_to_none, others);
 }
 
 // Keeps alive all that the step is of: Python code may run meanwhile.

@@ -32,13 +32,17 @@ struct Known {
   std::optional<double> decay;
 };
 
+// What an optimizer's class has of its own that only stock's step understands: the way that the
+// parameters of a group are gathered, or even where its groups or its state are.
+enum class Foreign : std::uint8_t { kNothing, kGathering, kAttributes };
+
 // What an optimizer keeps between steps: memory, and hints of where things were. Nothing that it
 // keeps is believed without being compared, and none of it is state: losing it costs one slow step.
 class Walker {
  public:
-  // `foreign`: an optimizer whose class says itself what its groups or its state are.
+  // `foreign`: what an optimizer's class says in some way of its own.
   // `findings`: the optimizer's, into which a step enters its own.
-  Walker(int rule, bool foreign, Findings& findings);
+  Walker(int rule, Foreign foreign, Findings& findings);
 
   // Learns where torch keeps the hooks of all optimizers. To be called once, before any question.
   static void learn_hooks();
@@ -65,7 +69,9 @@ class Walker {
   void expect_no_other_try() { findings_.asked = nullptr; }
 
   // Whether this is for such an optimizer.
-  bool is_of(int rule, bool foreign) const { return rule_number_ == rule && foreign_ == foreign; }
+  bool is_of(int rule, Foreign foreign) const {
+    return rule_number_ == rule && foreign_ == foreign;
+  }
 
   // How many steps devices have skipped.
   std::int64_t skipped_there() const;
@@ -185,7 +191,7 @@ class Walker {
   Update update_with(const Group& group, std::int32_t row) const;
   const Update& update_on(cuda::DeviceWork& work, Group& group);
 
-  const bool foreign_;
+  const Foreign foreign_;
   Findings& findings_;
   const Rule& rule_;
   int rule_number_;
@@ -198,7 +204,7 @@ class Walker {
   Routes routes_;
   DictKey param_groups_{"param_groups"}, state_{"state"}, defaults_{"defaults"}, params_{"params"},
       differentiable_{"differentiable"}, pre_hooks_{"_optimizer_step_pre_hooks"},
-      post_hooks_{"_optimizer_step_post_hooks"}, fused_{"fused"};
+      post_hooks_{"_optimizer_step_post_hooks"}, fused_{"fused"}, init_group_{"_init_group"};
   DictKey fill_;  // the default that new states are filled with, if the rule has one
   double fill_value_ = 0;
   std::vector<Path> paths_;  // one for each parameter, and some to look ahead into

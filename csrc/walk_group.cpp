@@ -37,9 +37,11 @@ const Update& Walker::find_update(Group& group, const Moment& moment) {
 
 Update Walker::make_update(const Group& group, const Moment& moment) {
   Row row;
-  rule_.scalars(group.options.hypers, moment, row);
+  const bool fits_float = rule_.scalars(group.options.hypers, moment, row);
   row.maximize = group.options.maximize;
-  return update_with(group, plan_.add_row(row));
+  Update update = update_with(group, plan_.add_row(row));
+  update.for_doubles = !fits_float;
+  return update;
 }
 
 Update Walker::update_with(const Group& group, std::int32_t row) const {
@@ -55,6 +57,10 @@ Update Walker::update_with(const Group& group, std::int32_t row) const {
 const Update& Walker::update_on(cuda::DeviceWork& work, Group& group) {
   if (group.work != &work) {
     group.update_there = update_with(group, work.row_of(rule_, group.options));
+    const Number* hypers = group.options.hypers;
+    group.update_there.for_doubles = std::any_of(
+        hypers, hypers + rule_.hyper_count,
+        [](const Number& number) { return !number.is_there() && is_beyond_float(number.value); });
     group.work = &work;
   }
   return group.update_there;

@@ -18,6 +18,21 @@ bool has_attribute(PyObject* object, const char* name) {
   return static_cast<bool>(found);
 }
 
+// Whether a class derived from that which names the rule has another `_init_group`, by which
+// stock's step gathers the parameters of a group.
+bool gathers_itself(PyTypeObject* type) {
+  PyObject* classes = type->tp_mro;
+  PyObject* gathers = nullptr;  // of the first class in the order in which attributes are found
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(classes); ++i) {
+    auto* each = reinterpret_cast<PyTypeObject*>(PyTuple_GET_ITEM(classes, i));
+    if (each->tp_dict == nullptr) continue;  // built in
+    const auto own = [&](const char* name) { return PyDict_GetItemString(each->tp_dict, name); };
+    if (own("_rule") != nullptr) return gathers != nullptr;
+    if (gathers == nullptr) gathers = own("_init_group");
+  }
+  return false;
+}
+
 }  // namespace
 
 // What an optimizer's class says: again whenever it is another, or has changed.
@@ -30,9 +45,9 @@ void Walkers::read_class(PyObject* optimizer) {
   const int rule = find_rule(text);
   TORCH_CHECK_VALUE(rule >= 0, "this build of fastsgd has no rule called '", text,
                     "': build it again, if the class is newer than the build.");
-  bool foreign = false;
+  Foreign foreign = gathers_itself(type) ? Foreign::kGathering : Foreign::kNothing;
   for (const char* own : {"param_groups", "state", "defaults"}) {
-    foreign |= has_attribute(reinterpret_cast<PyObject*>(type), own);
+    if (has_attribute(reinterpret_cast<PyObject*>(type), own)) foreign = Foreign::kAttributes;
   }
   rule_ = rule;
   foreign_ = foreign;

@@ -28,12 +28,12 @@ class Walkers {
  private:
   void read_class(PyObject* optimizer);
 
-  // Of the optimizer's class when it was last read: which rule it steps by, and whether it keeps
-  // groups or states in some way of its own.
+  // Of the optimizer's class when it was last read: which rule it steps by, and what of it
+  // only stock understands.
   const PyTypeObject* type_ = nullptr;
   unsigned int version_ = 0;
   int rule_ = -1;
-  bool foreign_ = false;
+  Foreign foreign_ = Foreign::kNothing;
   Findings findings_;
   std::vector<std::unique_ptr<Walker>> all_;
 };

@@ -177,11 +177,14 @@ class WithAverages(WithExtras):
     def __getstate__(self) -> dict[str, Any]:
         """Return torch's, with what is asked for besides torch's step."""
         refuse_inside_ema_weights(self, "copying or pickling")
-        state = super().__getstate__()
-        for key in ("_extras", "_ema_steps"):
-            if key in self.__dict__:
-                value = self.__dict__[key]
-                state[key] = dict(value) if key == "_extras" else value  # a copy has its own
+        own, state = self.__dict__, super().__getstate__()
+        kept = ["_ema_steps"]
+        if "_extras" in own:
+            state["_extras"] = dict(own["_extras"])  # a copy has its own
+            # Torch leaves it out. Without it a GradScaler does not call step() on overflow, and
+            # nothing clears the gradients then.
+            kept.append("_step_supports_amp_scaling")
+        state.update({key: own[key] for key in kept if key in own})
         return state
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.compiler import is_compiling
 
 from fastsgd import _C
@@ -47,7 +48,7 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
             parts.append(_norm(tensor, norm_type))
     for (mesh, dims), locals_here in shards.items():
         parts.append(_norm_over_mesh(total_norm(locals_here, norm_type), norm_type, mesh, dims))
-    return _joined([part.to(_device_of(tensors[0])) for part in parts], norm_type)
+    return _joined([part.to(tensors[0].device) for part in parts], norm_type)
 
 
 def _shard_of(tensor: Any) -> tuple[tuple[Any, tuple[int, ...]], Tensor]:
@@ -60,10 +61,6 @@ def _shard_of(tensor: Any) -> tuple[tuple[Any, tuple[int, ...]], Tensor]:
     # Not by is_shard(), which FSDP2's shards of shards, those of tensor parallelism, deny.
     dims = tuple(i for i, each in enumerate(tensor.placements) if not each.is_replicate())
     return (tensor.device_mesh, dims), tensor.to_local()
-
-
-def _device_of(tensor: Tensor) -> torch.device:
-    return torch.device("cpu") if tensor.device.type == "meta" else tensor.device
 
 
 def _joined(parts: list[Tensor], norm_type: float) -> Tensor:
@@ -152,7 +149,12 @@ class Found:
         if self.count:
             parts.insert(0, torch.tensor(self.value, dtype=torch.float64, device="cpu"))
         first = next(param.grad for param in self.params if param.grad is not None)
-        return _joined([part.to(_device_of(first)) for part in parts], self.norm_type)
+        return _joined([part.to(first.device) for part in parts], self.norm_type)
+
+    def is_unknown(self, norm: Tensor) -> bool:
+        """Whether their norm has no value, as none of them has any: they are meta or fake ones."""
+        all_meta = norm.is_meta and not self.count and all(grad.is_meta for grad in self.others)
+        return all_meta or isinstance(norm, FakeTensor)
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

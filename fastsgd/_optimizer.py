@@ -121,7 +121,14 @@ def _make_step(stock_step: Step) -> Step:
 
     # The hooks, their protocol and the profiler's record are torch's own code.
     observed = Optimizer.profile_hook_step(unobserved)
-    untraced = _disable_dynamo(observed)  # without importing dynamo
+    torchs_wrapper = observed.__code__
+
+    def stepped(self: FusedStep, *args: Any, **kwargs: Any) -> Any:
+        # Torch wraps the step of a derived class. It has run the hooks where that calls this one.
+        within = getattr(type(self).step, "__code__", None) is torchs_wrapper
+        return (unobserved if within else observed)(self, *args, **kwargs)
+
+    untraced = _disable_dynamo(stepped)  # without importing dynamo
 
     @functools.wraps(stock_step)
     def step(self: FusedStep, *args: Any, **kwargs: Any) -> Any:
@@ -129,7 +136,7 @@ def _make_step(stock_step: Step) -> Step:
             return untraced(self, *args, **kwargs)  # which breaks the graph, as torch's own does
         if (not (args or kwargs) or _no_closure(args, kwargs)) and _C.step(self):
             return None
-        return observed(self, *args, **kwargs)
+        return stepped(self, *args, **kwargs)
 
     step.hooked = True  # type: ignore[attr-defined]  # keeps torch from wrapping it once more
     return step

@@ -80,7 +80,8 @@ def _factor(optimizer: WithAverages, scale: Tensor | None) -> float | None:
         norm = found.norm()
         if scale is not None:
             norm = norm / scale.to(norm.device)
-        finite = bool(norm.isfinite())
+        unknown = found.is_unknown(norm)
+        finite = unknown or bool(norm.isfinite())
         # Or others are to ask, too.
         alone = not any(hasattr(grad, "device_mesh") for grad in found.others)
         if not finite and optimizer.skip_nonfinite and alone:  # squares may be beyond float64
@@ -91,7 +92,9 @@ def _factor(optimizer: WithAverages, scale: Tensor | None) -> float | None:
             _norm.raise_if_nonfinite(norm, optimizer.norm_type)
         if optimizer.skip_nonfinite and not finite:
             return None
-        return 1.0 if max_norm is None else _norm.clip_factor(norm, max_norm).item()
+        if max_norm is None or unknown:
+            return 1.0
+        return _norm.clip_factor(norm, max_norm).item()
 
 
 @torch.no_grad()
@@ -171,8 +174,8 @@ class _Average:
         """After the step."""
         for param in dict.fromkeys(params):  # one that is named twice has one average
             state = self.optimizer.state.get(param, {})
-            if param in self.before:
-                state = self.optimizer.state[param]
+            if param in self.before:  # which has no states yet where the rule keeps none
+                state = self.optimizer.state.setdefault(param, {})
                 state["ema"] = self.before[param]
             if state.get("ema") is None:
                 continue

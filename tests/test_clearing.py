@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -205,6 +206,26 @@ def test_under_a_scaler(row: Row, how: Any, overflow: bool) -> None:
     scaler.step(optimizer)
     for p, grad in zip(all_params(optimizer), held, strict=True):
         assert p.grad is None if how is True else p.grad is grad and not grad.any()
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("row", TAKE_FUSED, ids=repr)
+def test_a_copy_under_a_scaler(row: Row, how: str) -> None:
+    """It clears what overflowed, as the original does, and so goes on."""
+    p = Parameter(torch.ones(3))
+    optimizer = row.ours([p], **row.rich, fused=True, clear_grads=True)
+    if how == "deepcopy":
+        optimizer = copy.deepcopy(optimizer)
+    else:
+        optimizer = pickle.loads(pickle.dumps(optimizer))
+    (p,) = all_params(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for factor in (1.0, INF, 1.0):
+        before = p.detach().clone()
+        scaler.scale((p * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert p.grad is None and torch.equal(p, before) == (factor == INF)
 
 
 def rising(step: int) -> float:

@@ -12,6 +12,7 @@ import torch
 from cases import Row
 from oracle import all_params, assert_equal
 from torch import Tensor
+from torch.nn import Parameter
 from twins import Twins, parameters
 
 import fastsgd
@@ -162,3 +163,14 @@ def test_another_class(row: Row) -> None:
     Asked.param_groups = property(lambda self: asked.append(self) or groups)  # type: ignore[attr-defined]
     twins.run(1)
     assert len(asked) > 1
+
+
+def test_a_plain_dict_of_states(row: Row) -> None:
+    """It makes none by itself: where stock asks for none, there may be none but the average."""
+    p = Parameter(torch.ones(3))
+    optimizer = row.ours([p], ema_decay=0.5)
+    optimizer.state = {p: dict(optimizer.state[p])} if row.plain_states else {}
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        optimizer.step()
+    assert optimizer.state[p]["ema"].shape == p.shape

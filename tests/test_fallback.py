@@ -704,6 +704,65 @@ def test_a_group_taken_away_in_torchs_part(row: Row) -> None:
             assert_equal(p.detach(), q.detach())
 
 
+@pytest.mark.parametrize("whose", ["class", "object"])
+def test_parameters_gathered_by_an_own_method(row: Row, whose: str) -> None:
+    """Stock's step asks `_init_group` for gradients, which may then be others."""
+
+    def centred(init_group: Any) -> Any:
+        def centre(*arguments: Any) -> Any:  # of a group, then its parameters and gradients
+            result = init_group(*arguments)
+            grads = arguments[2 + (whose == "class")]
+            grads[:] = [grad - grad.mean() for grad in grads]
+            return result
+
+        return centre
+
+    def derive(base: Any) -> type:
+        own = {"_init_group": centred(base._init_group)} if whose == "class" else {}
+        return type("Derived", (base,), own)
+
+    twins = Twins(row.derived(derive), ORDINARY, **row.rich)
+    if whose == "object":
+        for optimizer in twins.sides:
+            optimizer._init_group = centred(optimizer._init_group)  # type: ignore[attr-defined]
+    twins.run(3)
+
+
+BEYOND: dict[str, dict[str, Any]] = {
+    "lr": {"lr": 1e39},
+    "negative": {"lr": -1e39},
+    "tensor": {"lr": torch.tensor(1e39, dtype=torch.float64)},
+    "weight_decay": {"weight_decay": 1e39},
+    "eps": {"eps": 1e39},
+    "bias": {"lr": 1e38, "betas": (0.999, 0.999)},
+    "infinity": {"lr": torch.inf},
+}
+
+
+@pytest.mark.parametrize("edit", BEYOND.values(), ids=BEYOND)
+@pytest.mark.parametrize(
+    ("dtype", "steps"), [(torch.float32, 0), (torch.float32, 1), (torch.bfloat16, 0)], ids=str
+)
+def test_scalars_beyond_float32(row: Row, dtype: torch.dtype, steps: int, edit: Any) -> None:
+    """Some of torch's operators refuse them for float32 and for halves, and others do not."""
+    twins = Twins(row, parameters((5,), (70,), dtype=dtype), lr=0.5)
+    doubles = Twins(row, parameters((33,), dtype=torch.float64), lr=0.5)
+    if not edit.keys() <= twins.ours.defaults.keys():
+        pytest.skip(f"{row} has no such option")
+    for each in (twins, doubles):
+        each.grads(torch.ones_like)
+        for _ in range(steps):
+            each.step()
+        for optimizer in each.sides:
+            optimizer.param_groups[0].update(copy.deepcopy(edit))
+    twins.step_if_allowed(halfway=True)
+    for p, q in twins.pairs():
+        assert_equal(p.detach(), q.detach())
+    assert _C.step_or_route(doubles.ours) is None
+    doubles.stock.step()
+    doubles.check()
+
+
 def test_what_a_step_sets_stays(row: Row) -> None:
     """What an own `_init_group` sets, in slots too; and nothing ends with torch's part."""
     ends = []

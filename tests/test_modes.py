@@ -32,13 +32,34 @@ def test_meta(row: Row) -> None:
     assert not torch.equal(real, torch.ones(70))
 
 
-def test_fake_tensors(row: Row) -> None:
+NORMS: dict[str, Any] = {"max_grad_norm": 1.0, "skip_nonfinite": True, "ema_decay": 0.9}
+
+
+@pytest.mark.parametrize("norm_type", [2.0, torch.inf])
+def test_norms_on_meta(row: Row, norm_type: float) -> None:
+    """They are on meta too; but those of gradients elsewhere are not known then, and an error."""
+    p, real = Parameter(torch.empty(33, 5, device="meta")), Parameter(torch.ones(70))
+    p.grad, real.grad = torch.empty(33, 5, device="meta"), torch.ones(70)
+    assert fastsgd.clip_grad_norm_([p], 1.0, norm_type).is_meta
+    optimizer = row.ours([p], **row.rich, **NORMS, norm_type=norm_type)
+    optimizer.step()
+    optimizer.step()
+    assert optimizer.grad_norm is not None and optimizer.grad_norm.is_meta
+    assert optimizer.state[p]["ema"].is_meta and optimizer.skipped_steps == 0
+    optimizer.add_param_group({"params": [real]})
+    with pytest.raises(RuntimeError, match="meta"):
+        optimizer.step()
+    assert torch.equal(real, torch.ones(70))
+
+
+@pytest.mark.parametrize("extras", [{}, NORMS], ids=["plain", "norms"])
+def test_fake_tensors(row: Row, extras: dict[str, Any]) -> None:
     """Under FakeTensorMode nothing real is read or written."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     with FakeTensorMode():
         net = nn.Linear(33, 5)
-        optimizer = row.ours(net.parameters(), **row.rich)
+        optimizer = row.ours(net.parameters(), **row.rich, **extras)
         for _ in range(2):
             optimizer.zero_grad()
             net(torch.randn(3, 33)).sum().backward()

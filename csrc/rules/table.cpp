@@ -10,10 +10,16 @@ namespace fastsgd {
 namespace {
 
 template <class R>
-void write_scalars(const Number* hypers, const Moment& moment, Row& row) {
+bool write_scalars(const Number* hypers, const Moment& moment, Row& row) {
   const auto scalars = R::scalars(hypers, moment);
   static_assert(sizeof(scalars) <= kScalarBytes && std::is_trivially_copyable_v<decltype(scalars)>);
   std::memcpy(row.scalars, &scalars, sizeof(scalars));
+  bool beyond = false;
+  scalars.each([&](double x) {
+    beyond |= is_beyond_float(x);
+    return x;
+  });
+  return !beyond;
 }
 
 template <class R>
