@@ -93,8 +93,10 @@ bench: $(VENV)/built
 	$(BIN)/python -m fastsgd bench
 
 # In an environment that has a torch with CUDA, of which nothing is changed: no network is needed.
+# For the devices that are there, and with the lines that a sanitizer names.
 gpu-check:
-	FASTSGD_CUDA=1 $(PYTHON) -m pip install --disable-pip-version-check -v --no-build-isolation --no-deps -e .
+	FASTSGD_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-native} NVCC_APPEND_FLAGS=-lineinfo \
+	  $(PYTHON) -m pip install --disable-pip-version-check -v --no-build-isolation --no-deps -e .
 	$(PYTHON) benchmarks/gpu_check.py
 
 lint: $(VENV)/built

@@ -1,9 +1,9 @@
 """Everything that wants a CUDA device, in one command: `make gpu-check`.
 
-    python benchmarks/gpu_check.py [bench] [tests] [sanitizers] [--results FOLDER]
+    python benchmarks/gpu_check.py [tests] [bench] [sanitizers] [--within SECONDS] [--results DIR]
 
-The benchmark, first and alone; those of the tests that run on a device; and compute-sanitizer over
-a short run. What each came to goes into one file a day and card, as soon as it is known, to be
+Those of the tests that run on a device; the benchmark, alone; and compute-sanitizer over a short
+run. What each came to goes into one file a day and card, as soon as it is known, to be
 committed; all that each printed is beside it.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command import ROOT, TIMED_OUT, run
+from command import GRACE, ROOT, TIMED_OUT, run
 from kept import keep
 
 import fastsgd
@@ -42,12 +42,14 @@ class Check:
         words: The command.
         limit: How many seconds it may take.
         says: A pattern in what it prints if all is well.
+        cannot: A pattern in what it prints where it cannot be had.
         variables: What is else in its environment.
     """
 
     words: Sequence[object]
     limit: float
     says: str = ""
+    cannot: str = "(?!)"
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -85,40 +87,50 @@ def sanitizers(path: Path) -> dict[str, Check]:
             [*words, "--tool", tool, sys.executable, "benchmarks/sanitized.py"],
             limit=120,
             says="(?s)all in the kernels.*SUMMARY: 0 ",
+            cannot="Device not supported",
             variables=alone,
         )
         for tool in ("memcheck", "racecheck")
     }
 
 
-# In this order. The first is alone, as what runs beside it would be in its times.
+# In this order, one after the other: what ran beside the benchmark would be in its times.
 PARTS: dict[str, Callable[[Path], dict[str, Check]]] = {
-    "bench": bench,
     "tests": tests,
+    "bench": bench,
     "sanitizers": sanitizers,
 }
 
 
-def outcome(check: Check, log: Path) -> dict[str, Any]:
+def outcome(check: Check, log: Path, end: float) -> dict[str, Any]:
     """Run it; what it came to in a line, the tests that failed, and how long it took."""
     start = time.monotonic()
-    status = run(check.words, log, check.limit, check.variables)
+    limit = min(check.limit, end - start - GRACE)
+    if limit <= 0:
+        return {"outcome": "FAILED: there was no time left for it", "seconds": 0, "output": None}
+    status = run(check.words, log, limit, check.variables)
     text = log.read_text(encoding="utf-8", errors="replace")
     last = ([line.strip() for line in text.splitlines() if line.strip()] or ["nothing printed"])[-1]
     well = status == 0 and re.search(check.says, text)
     found: dict[str, Any] = {"outcome": last if well else f"FAILED ({status}): {last}"}
+    if why := re.search(f".*(?:{check.cannot}).*", text):
+        found["outcome"] = f"cannot be had here: {why[0].strip()}"
     if failed := re.findall(r"^(?:FAILED|ERROR) (\S+::.*|\S+\.py.*)", text, re.MULTILINE):
         found["failed"] = failed
     return found | {"seconds": round(time.monotonic() - start), "output": log.name}
 
 
-def do(part: str, path: Path) -> dict[str, dict[str, Any]]:
-    """Do a part, and keep what it came to; the file knows of it from its beginning on."""
+def do(part: str, path: Path, end: float) -> dict[str, dict[str, Any]]:
+    """Do a part, until a time at most, and keep what it came to.
+
+    The file knows of it from its beginning on.
+    """
     checks = PARTS[part](path)
     keep(path, {name: {"outcome": f"FAILED ({TIMED_OUT}): begun, not ended"} for name in checks})
     logs = [path.with_name(f"{path.stem}-{name}.txt") for name in checks]
     with ThreadPoolExecutor(len(checks)) as pool:
-        outcomes = dict(zip(checks, pool.map(outcome, checks.values(), logs), strict=True))
+        found = pool.map(outcome, checks.values(), logs, [end] * len(checks))
+        outcomes = dict(zip(checks, found, strict=True))
     keep(path, outcomes)
     return outcomes
 
@@ -132,8 +144,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do what is named, or all; 1 where something failed or a bar is missed."""
     parser = argparse.ArgumentParser(description="Check what wants a CUDA device.")
     parser.add_argument("parts", nargs="*", default="all", choices=[*PARTS, "all"], metavar="PART")
+    parser.add_argument("--within", type=float, default=480, help="seconds in all (480)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
+    end = time.monotonic() + options.within
     if not fastsgd.cuda_available():
         print(f"There is nothing to check: CUDA {info.cuda()}.", file=sys.stderr)
         return 1
@@ -144,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for part in PARTS:
         if part in options.parts or "all" in options.parts:
             print(f"--- {part}, {time.strftime('%H:%M:%S')}", flush=True)
-            outcomes |= do(part, path)
+            outcomes |= do(part, path, end)
     print()
     for name, found in outcomes.items():
         print(f"{name:10} {found['seconds']:4} s  {found['outcome']}")

@@ -78,6 +78,7 @@ def structures(device: torch.device) -> None:
     """All rules: alone, with all that is around them, and in groups with scaled grads."""
     for cls, options in STRUCTURES:
         for dtype in DTYPES:
+            print(cls.__name__, options, dtype, flush=True)  # how far it came, if it is stopped
             for more in extras(dtype):
                 params = parameters(dtype, device)
                 optimizer = cls(params, **{"lr": 0.01, **options, **more})

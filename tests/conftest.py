@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -59,3 +62,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         name = item.name.partition("[")[0]
         if "Adagrad" in item.name and name in WHERE_ADAGRAD_WAS_OTHERWISE:
             item.add_marker(pytest.mark.skip(reason="this torch's Adagrad is another"))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Any:
+    """End a worker whose device is lost: xdist names the test, and begins another.
+
+    After a wrong access nothing on the device works any more in its process, and every later test
+    there would fail.
+    """
+    yield
+    if call.excinfo is None or "CUDA error" not in str(call.excinfo.value):
+        return
+    if "PYTEST_XDIST_WORKER" not in os.environ or not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        sys.stderr.write(f"{item.nodeid}: {call.excinfo.value}\n{error}\n")
+        sys.stderr.flush()
+        os._exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -32,6 +33,8 @@ import gpu_check  # noqa: E402
 import on_cuda  # noqa: E402
 import sanitized  # noqa: E402
 from kept import keep  # noqa: E402
+
+LATER = math.inf  # the time until which all is to be done
 
 
 def python(code: str) -> list[str]:
@@ -84,7 +87,7 @@ except KeyboardInterrupt:
 
 def test_a_command_that_is_not_there(tmp_path: Path) -> None:
     check = gpu_check.Check(["no-such-command"], limit=60)
-    found = gpu_check.outcome(check, tmp_path / "log.txt")
+    found = gpu_check.outcome(check, tmp_path / "log.txt", LATER)
     assert found["outcome"].startswith("FAILED (127): ") and "no-such-command" in found["outcome"]
 
 
@@ -99,7 +102,7 @@ def test_a_command_that_is_not_there(tmp_path: Path) -> None:
 )
 def test_outcome(tmp_path: Path, code: str, says: str, outcome: str) -> None:
     check = gpu_check.Check(python(code), limit=60, says=says)
-    found = gpu_check.outcome(check, tmp_path / "log.txt")
+    found = gpu_check.outcome(check, tmp_path / "log.txt", LATER)
     assert found["outcome"] == outcome and found["output"] == "log.txt"
 
 
@@ -107,7 +110,7 @@ def test_failed_tests_are_named(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text("def test_well(): pass\ndef test_ill(): assert 1 == 2\n")
     check = gpu_check.tests(tmp_path)["tests"]
     words = [*check.words[: check.words.index("-k")], "-c", os.devnull, tmp_path / "test_it.py"]
-    found = gpu_check.outcome(replace(check, words=words), tmp_path / "log.txt")
+    found = gpu_check.outcome(replace(check, words=words), tmp_path / "log.txt", LATER)
     assert found["outcome"].startswith("FAILED (1): 1 failed, 1 passed")
     (failed,) = found["failed"]
     assert failed.endswith("test_it.py::test_ill - assert 1 == 2")
@@ -139,7 +142,7 @@ def test_parts_are_added_to_the_file_of_the_day_and_card(
 
         return checks
 
-    parts = {"bench": part("bench", 0), "tests": part("tests", 1)}
+    parts = {"tests": part("tests", 1), "bench": part("bench", 0)}
     monkeypatch.setattr(gpu_check, "PARTS", parts)
     monkeypatch.setattr(fastsgd, "cuda_available", lambda: True)
     monkeypatch.setattr(gpu_check.info, "facts", lambda: {"fastsgd": "1"})
@@ -155,10 +158,10 @@ def test_parts_are_added_to_the_file_of_the_day_and_card(
     assert path.with_name(found["tests"]["output"]).read_text() == "tests\n"
     seen.clear()
     assert gpu_check.main(to) == 1
-    assert [name for name, _ in seen] == ["bench", "tests"]
+    assert [name for name, _ in seen] == ["tests", "bench"]
     assert seen[0][1]["outcome"] == "FAILED (1): tests", "the other parts stay"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(gpu_check, "outcome", lambda check, log: 1 / 0)
+    monkeypatch.setattr(gpu_check, "outcome", lambda check, log, end: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         gpu_check.main(["bench", *to])
     other = path.with_name(path.name.replace("h100-80gb-hbm3", "h200"))
@@ -179,10 +182,25 @@ def test_without_a_device_a_sentence_says_so(
     assert not list(tmp_path.iterdir())
 
 
-def test_all_parts_end_within_nine_minutes() -> None:
-    """Each by itself or by its limit, and those that are killed after their time of grace."""
+def test_what_cannot_be_had_has_not_failed(tmp_path: Path) -> None:
+    check = gpu_check.sanitizers(tmp_path)["memcheck"]
+    code = "print('Error: Device not supported. Look it up'); raise SystemExit(1)"
+    found = gpu_check.outcome(replace(check, words=python(code)), tmp_path / "log.txt", LATER)
+    assert found["outcome"] == "cannot be had here: Error: Device not supported. Look it up"
+
+
+def test_all_parts_end_in_time(tmp_path: Path) -> None:
+    """Each by itself, by its limit or by what is left, with the time of grace of those killed."""
     parts = [part(Path("found.json")) for part in gpu_check.PARTS.values()]
-    assert sum(max(c.limit + command.GRACE for c in part.values()) for part in parts) <= 540
+    assert sum(max(c.limit for c in part.values()) for part in parts) <= 480
+    check = gpu_check.Check(python("import time; time.sleep(600)"), limit=600)
+    for left, outcome in (
+        (1.0, "FAILED (124): not done after"),
+        (0.0, "FAILED: there was no time"),
+    ):
+        end = time.monotonic() + left + command.GRACE
+        found = gpu_check.outcome(check, tmp_path / "log.txt", end)
+        assert found["outcome"].startswith(outcome)
 
 
 def test_tests_for_a_device_are_selected() -> None:

@@ -10,8 +10,12 @@ namespace {
 // A chunk is so long that there are this many blocks for each multiprocessor, within bounds: below,
 // a block would cost more than its work; above, the last ones would run alone.
 constexpr std::int64_t kBlocksEach = 16, kShortest = kThreads * 4, kLongest = kThreads * 64;
-// The same of bytes to set to zero, which are less work than elements.
-constexpr std::int64_t kZeroes = 16;
+
+// How many of its elements are as much work as one of float32: bytes to be set to zero are little.
+constexpr std::int64_t per_float(int kernel) {
+  if (kernel == kZero) return 16;
+  return kItemSizes[kernel % kStorages] < 4 ? 2 : 1;
+}
 
 // Cuts items into chunks. An empty item is one too, so that there is a block to count its step.
 void cut_items(const std::vector<Item>& items, std::int64_t length, std::vector<Chunk>& chunks) {
@@ -121,7 +125,7 @@ void Engine::cut(Batch& batch, bool measured) const {
   }
   if (!as_before) {
     const std::int64_t share = total / (device_->processors() * kBlocksEach);
-    const std::int64_t times = batch.what.kernel == kZero ? kZeroes : 1;
+    const std::int64_t times = per_float(batch.what.kernel);
     const std::int64_t shortest = kShortest * times, longest = kLongest * times;
     const std::int64_t rounded = (share + shortest - 1) / shortest * shortest;
     cut_items(batch.items, std::clamp(rounded, shortest, longest), batch.chunks);

@@ -19,44 +19,59 @@ void count_if_last(const Launch& what, const Tables& tables) {
   all_threads([&](int thread) { count(tables, thread); });
 }
 
+// What a block finds in its shared memory: anything.
+template <class Object>
+Object found_in_memory() {
+  Object object;
+  std::memset(static_cast<void*>(&object), 0xa5, sizeof(object));
+  return object;
+}
+
+// Blocks are in no order: every other launch has the last one first.
+template <class Act>
+void each_block(const Launch& what, Act act) {
+  const bool from_end = emulated_work().launches % 2 != 0;
+  for (int b = 0; b < what.blocks; ++b) act(from_end ? what.blocks - 1 - b : b);
+}
+
 // One launch, block by block and thread by thread, as the kernel does it.
 template <class R, int kStructure, class T, bool kAround>
 void step(const Launch& what, const Tables& tables, const Hypers* hypers, char* const* grads) {
   const bool skip = skips(tables);
   if (skip && !(kAround && tables.around.clears)) return;
-  for (int b = 0; b < what.blocks; ++b) {
-    Block<R, kStructure, T, kAround> block{};
-    block.find(tables, grads, b, what.laid_out);
+  each_block(what, [&](int b) {
+    auto block = found_in_memory<Block<R, kStructure, T, kAround>>();
     block.compute(tables, hypers, b);
+    block.find(tables, grads, b, what.laid_out);
     all_threads([&](int thread) {
       skip            ? block.clear(thread, what.laid_out)
       : what.laid_out ? block.run_laid_out(thread)
                       : block.run_flat(thread);
     });
     if (!skip) count_if_last(what, tables);
-  }
+  });
 }
 
 template <class What, class T>
 void pairs(const Launch& what, const Tables& tables, const Hypers*, char* const* grads) {
   if (skips(tables)) return;
-  for (int b = 0; b < what.blocks; ++b) {
-    PairBlock<What, T> block{};
+  each_block(what, [&](int b) {
+    auto block = found_in_memory<PairBlock<What, T>>();
     block.prepare(tables, grads, b, what.laid_out);
     all_threads(
         [&](int thread) { what.laid_out ? block.run_laid_out(thread) : block.run_flat(thread); });
     count_if_last(what, tables);
-  }
+  });
 }
 
 template <Order kOrder, class T>
 void measure(const Launch& what, const Tables& tables, const Hypers*, char* const* grads) {
-  for (int b = 0; b < what.blocks; ++b) {
-    PieceBlock<T> piece{};
-    Measured found{};
-    bool last = false;
+  each_block(what, [&](int b) {
+    auto piece = found_in_memory<PieceBlock<T>>();
+    auto found = found_in_memory<Measured>();
+    bool last = true;  // anything, too
     measure_block<kOrder>(tables, grads, b, what.blocks, what.laid_out, piece, found, last);
-  }
+  });
 }
 
 template <bool kAround>
@@ -80,9 +95,7 @@ struct Bodies {
 };
 
 void zero(const Launch& what, const Tables& tables) {
-  for (int b = 0; b < what.blocks; ++b) {
-    all_threads([&](int thread) { zero_bytes(tables, b, thread); });
-  }
+  each_block(what, [&](int b) { all_threads([&](int thread) { zero_bytes(tables, b, thread); }); });
 }
 
 template <class A>

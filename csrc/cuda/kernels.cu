@@ -22,11 +22,6 @@ struct Room {
   __device__ Object& object() { return *reinterpret_cast<Object*>(memory); }
 };
 
-// Whether this block is to count for all of a launch: the last to have read the counters is.
-__device__ bool is_to_count(const Tables& tables) {
-  return tables.counts && is_last(tables.standing->ticket, blocks_here());
-}
-
 // A thread's share of what a block does.
 template <bool kLaidOut, class B>
 __device__ void run(const B& block, int thread) {
@@ -38,10 +33,21 @@ __device__ void run(const B& block, int thread) {
   }
 }
 
+// The same of a block that has read the counters; the last that has counts the step. One thread
+// asks whether it is this one, which takes a microsecond, while the others are at work.
+template <bool kLaidOut, class B>
+__device__ void run_and_count(const B& block, const Tables& tables, int thread) {
+  __shared__ bool counts;
+  if (tables.counts && thread == 0) counts = is_last(tables.standing->ticket, blocks_here());
+  run<kLaidOut>(block, thread);
+  if (!tables.counts) return;
+  __syncthreads();
+  if (counts) count(tables, thread);
+}
+
 template <class R, int kStructure, class T, class A, bool kLaidOut, bool kAround>
 __global__ void __launch_bounds__(kThreads, kBlocks) step(const __grid_constant__ A arguments) {
   __shared__ Room<Block<R, kStructure, T, kAround>> room;
-  __shared__ bool counts;
   auto& block = room.object();
   const Tables& tables = arguments.tables;
   const bool skip = skips(tables);
@@ -49,7 +55,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks) step(const __grid_constant_
   const int thread = thread_here();
   if (thread == 0) {
     block.compute(tables, arguments.hypers, blockIdx.x);
-    counts = !skip && is_to_count(tables);
   } else if (thread == kWarp) {  // beside it
     block.find(tables, arguments.grads, blockIdx.x, kLaidOut);
   }
@@ -57,25 +62,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks) step(const __grid_constant_
   if constexpr (kAround) {
     if (skip) return block.clear(thread, kLaidOut);
   }
-  if (counts) count(tables, thread);
-  run<kLaidOut>(block, thread);
+  run_and_count<kLaidOut>(block, tables, thread);
 }
 
 template <class What, class T, class A, bool kLaidOut>
 __global__ void __launch_bounds__(kThreads, kBlocks) pairs(const __grid_constant__ A arguments) {
   __shared__ Room<PairBlock<What, T>> room;
-  __shared__ bool counts;
   auto& block = room.object();
   const Tables& tables = arguments.tables;
   if (skips(tables)) return;
   const int thread = thread_here();
-  if (thread == 0) {
-    block.prepare(tables, arguments.grads, blockIdx.x, kLaidOut);
-    counts = is_to_count(tables);
-  }
+  if (thread == 0) block.prepare(tables, arguments.grads, blockIdx.x, kLaidOut);
   __syncthreads();
-  if (counts) count(tables, thread);
-  run<kLaidOut>(block, thread);
+  run_and_count<kLaidOut>(block, tables, thread);
 }
 
 template <Order kOrder, class T, class A, bool kLaidOut>
