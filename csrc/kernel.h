@@ -65,7 +65,7 @@ constexpr void each_storage(Visit visit) {
 // Fills a table by number: with make(Instance) of every rule, structure and storage type.
 template <class R, int kStructure = 0, class Entry, class Make>
 constexpr void fill_rule(Entry* table, Make make) {
-  static_assert(R::kStructures <= kMaxStructures);
+  static_assert(R::kStructures <= kMaxStructures, "more structures than in rule.h");
   each_storage([&]<class T>(int type) { table[type] = make(Instance<R, kStructure, T>{}); });
   if constexpr (kStructure + 1 < R::kStructures) {
     fill_rule<R, kStructure + 1>(table + kStorages, make);

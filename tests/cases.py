@@ -34,9 +34,11 @@ class Row:
         name: The name of both classes.
         ours: The class under test.
         stock: The class that it replaces.
-        options: Every combination of options that means something.
+        options: Every combination of options that means something, and that the kernels take.
+            Each must move a bfloat16 parameter within a few steps.
         plain: Options that leave the fewest states.
-        rich: Options that use every state and every term of the rule.
+        rich: Options that use every state and every term of the rule, as soon as in the first
+            steps: most tests take no more. Numbers, and what ``plain`` has too.
         states: Names of the states of the parameter's shape that ``rich`` makes.
         plain_states: Names of those that ``plain`` makes.
         structures: Options for each set of states there is, ``plain`` first and ``rich`` last.
@@ -44,12 +46,14 @@ class Row:
         bad: Options that stock refuses.
         edits: Changes to a group's options between steps, in this order; the first follow on
             ``rich`` where the rule counts, else on ``plain``.
-        counts: There is a state ``step``, and the rule computes with it. Where the step of a
-            parameter is counted, all of its states are made at once, or stock misses one.
+        counts: There is a state ``step``. Where it counts a parameter's steps, all states are made
+            at once, or stock misses one.
         eager: The states are made with the optimizer.
         sparse: Options with which stock takes sparse grads.
         sparse_error: What stock says of a sparse grad where it takes none.
         squares: The rule squares grads, in single precision for half types.
+        takes_overlap: Stock steps a parameter whose grad lies in a part of its memory, as it reads
+            the grad only before it writes the parameter.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Row:
     sparse: tuple[Options, ...] = ()
     sparse_error: str = ""
     squares: bool = True
+    takes_overlap: bool = False
 
     def __repr__(self) -> str:
         """Return the name, for test ids."""
@@ -262,6 +267,7 @@ ADAM = Row(
     bad=ADAM_BAD,
     edits=ADAM_EDITS,
     sparse_error=ADAM_SPARSE,
+    takes_overlap=True,
 )
 
 ADAMW = replace(

@@ -214,7 +214,7 @@ def test_reference(site: Path, public: str) -> None:
         wanted += [f"{public}.{m}" for base in bases for m in vars(base) if not m.startswith("_")]
         assert len(wanted) > len(EXTRAS)
     for entry in wanted:
-        assert f'id="fastsgd.{entry}"' in text, f"{entry} has no entry"
+        assert f'id="fastsgd.{entry}"' in text, f"{entry} has no page in docs/reference"
 
 
 def test_every_option_is_explained() -> None:

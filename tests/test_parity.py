@@ -46,7 +46,9 @@ def walk(row: Row, options: Any, dtype: torch.dtype, steps: int) -> None:
             twins.ours.step()
             expected.check()
     for p, before in zip(all_params(twins.ours), start, strict=True):
-        assert p.numel() == 0 or not torch.equal(p.detach(), before), "nothing moved"
+        assert p.numel() == 0 or not torch.equal(p.detach(), before), (
+            "nothing moved: the row's lr is too small"
+        )
         assert p.isfinite().all()
 
 
@@ -91,7 +93,7 @@ def test_stock_as_it_is(row: Row, options: Any, dtype: torch.dtype) -> None:
             for name in twins.stock.state.get(q, {}).keys() - {"step"}:
                 mine, theirs = twins.ours.state[p][name], twins.stock.state[q][name]
                 assert torch.equal(mine[right], theirs[right]), name
-    assert right.sum() > 1000, "on this machine this shows nothing"
+    assert right.sum() > 100, "hardly any root is right on this machine, so this shows nothing"
 
 
 @pytest.mark.parametrize(

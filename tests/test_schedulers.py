@@ -82,4 +82,4 @@ def test_scheduler_on_a_copy(row: Row) -> None:
     again = lr_scheduler.ExponentialLR(clone, 0.9)
     clone.step()
     again.step()
-    assert clone.param_groups[0]["lr"] == pytest.approx(0.07 * 0.9 * 0.9)
+    assert clone.param_groups[0]["lr"] == pytest.approx(optimizer.defaults["lr"] * 0.9 * 0.9)

@@ -12,7 +12,9 @@ namespace {
 template <class R>
 bool write_scalars(const Number* hypers, const Moment& moment, Row& row) {
   const auto scalars = R::scalars(hypers, moment);
-  static_assert(sizeof(scalars) <= kScalarBytes && std::is_trivially_copyable_v<decltype(scalars)>);
+  static_assert(sizeof(scalars) <= kScalarBytes,
+                "a rule has more scalars than rule.h has room for");
+  static_assert(std::is_trivially_copyable_v<decltype(scalars)>);
   std::memcpy(row.scalars, &scalars, sizeof(scalars));
   bool beyond = false;
   scalars.each([&](double x) {
@@ -42,7 +44,8 @@ constexpr Structure averaged(Structure of, int number) {
 
 template <class R>
 constexpr Rule describe() {
-  static_assert(std::size(R::kHypers) <= kMaxHypers && std::size(R::kStates) < kMaxStates);
+  static_assert(std::size(R::kHypers) <= kMaxHypers, "more hyper-parameters than in rule.h");
+  static_assert(std::size(R::kStates) < kMaxStates, "more states, with an average, than in rule.h");
   Rule rule = {.name = R::kName,
                .hypers = R::kHypers,
                .hyper_count = static_cast<int>(std::size(R::kHypers)),
