@@ -95,7 +95,7 @@ bench: $(VENV)/built
 # In an environment that has a torch with CUDA, of which nothing is changed: no network is needed.
 # For the devices that are there, and with the lines that a sanitizer names.
 gpu-check:
-	FASTSGD_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-native} NVCC_APPEND_FLAGS=-lineinfo \
+	FASTSGD_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-native} NVCC_APPEND_FLAGS="$$NVCC_APPEND_FLAGS -lineinfo" \
 	  $(PYTHON) -m pip install --disable-pip-version-check -v --no-build-isolation --no-deps -e .
 	$(PYTHON) benchmarks/gpu_check.py
 

@@ -42,14 +42,14 @@ class Check:
         words: The command.
         limit: How many seconds it may take.
         says: A pattern in what it prints if all is well.
-        cannot: A pattern in what it prints where it cannot be had.
+        cannot: What it says where it cannot be had.
         variables: What is else in its environment.
     """
 
     words: Sequence[object]
     limit: float
     says: str = ""
-    cannot: str = "(?!)"
+    cannot: str = ""
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -112,9 +112,12 @@ def outcome(check: Check, log: Path, end: float) -> dict[str, Any]:
     text = log.read_text(encoding="utf-8", errors="replace")
     last = ([line.strip() for line in text.splitlines() if line.strip()] or ["nothing printed"])[-1]
     well = status == 0 and re.search(check.says, text)
-    found: dict[str, Any] = {"outcome": last if well else f"FAILED ({status}): {last}"}
-    if why := re.search(f".*(?:{check.cannot}).*", text):
-        found["outcome"] = f"cannot be had here: {why[0].strip()}"
+    found: dict[str, Any] = {"outcome": last}
+    if not well:
+        found["outcome"] = f"FAILED ({status}): {last}"
+        if check.cannot and check.cannot in text and "SUMMARY" not in text:
+            why = next(line for line in text.splitlines() if check.cannot in line)
+            found["outcome"] = f"cannot be had here: {why.strip()}"
     if failed := re.findall(r"^(?:FAILED|ERROR) (\S+::.*|\S+\.py.*)", text, re.MULTILINE):
         found["failed"] = failed
     return found | {"seconds": round(time.monotonic() - start), "output": log.name}

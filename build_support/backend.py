@@ -18,7 +18,7 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (the hooks that need no change)
 
 # From the oldest release run to the first not yet run.
-TORCH_RANGE = "torch>=2.11,<2.15"
+TORCH_RANGE = "torch>=2.11,<2.16"
 
 _LOOK = """
 import importlib.util, json, sys

@@ -32,11 +32,10 @@ struct Number {
   bool is_tensor() const { return dtype != kPython; }
 };
 
-// Whether a number is finite, but would not be in float32.
-constexpr bool is_beyond_float(double x) {
-  constexpr double kMost = std::numeric_limits<float>::max(),
-                   kMostOfAll = std::numeric_limits<double>::max();
-  return (x > kMost && x <= kMostOfAll) || (x < -kMost && x >= -kMostOfAll);
+// Its magnitude; 0 for an infinity or a NaN.
+constexpr double finite_magnitude(double x) {
+  const double magnitude = x < 0 ? -x : x;
+  return magnitude <= std::numeric_limits<double>::max() ? magnitude : 0;
 }
 
 Number operator+(const Number& a, const Number& b);

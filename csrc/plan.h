@@ -267,7 +267,7 @@ bool Plan::add_usual(const Update& update, const Subject& subject, Owners owners
   const bool permuted = found >= kStorages;
   const std::int64_t count = Fields::count(param);
   if (found == kForms || (update.wide && kItemSizes[type] < 4) ||
-      (update.for_doubles && kItemSizes[type] < 8)) [[unlikely]]
+      !update.takes(static_cast<Storage>(type))) [[unlikely]]
     return false;
   const std::int64_t item_size = kItemSizes[type], bytes = count * item_size;
   const at::IntArrayRef sizes = Fields::shape(param).sizes_arrayref(),

@@ -96,9 +96,9 @@ struct Rule {
   int (*structure)(const Number* hypers);
   // Whether they add a multiple of the parameter to the gradient, which may be of another dtype.
   bool (*adds_param)(const Number* hypers);
-  // Computes the scalars of a step into `row`; false where one is beyond float32, for which some of
-  // stock's operators have an error.
-  bool (*scalars)(const Number* hypers, const Moment& moment, Row& row);
+  // Computes the scalars of a step into `row`, and returns the greatest magnitude among those that
+  // are finite: some of stock's operators have an error where a dtype cannot hold one.
+  double (*scalars)(const Number* hypers, const Moment& moment, Row& row);
 };
 
 }  // namespace fastsgd

@@ -100,7 +100,7 @@ bool check_kinds(const Plain& plain, Place place, const Update& update, const Su
   const c10::TensorImpl& param = *subject.tensor[kParam];
   if (!plain.is(param) && !plain.is_inference(param)) return false;
   const std::optional<Storage> type = storage_type(param);
-  bool takes = type.has_value() && (!update.for_doubles || *type == Storage::kDouble);
+  bool takes = type.has_value() && update.takes(*type);
   for (int s = 0; s < subject.streams; ++s) {
     if (subject.tensor[s] == nullptr) continue;
     c10::TensorImpl& tensor = *subject.tensor[s];

@@ -29,17 +29,27 @@ struct Subject {
 // For each stream of a parameter, the tensor whose version counts the writes to it.
 using Owners = c10::TensorImpl* const*;
 
+// The storage types that hold numbers up to a magnitude, a bit for each.
+inline constexpr std::uint8_t kAllStorages = (1 << kStorages) - 1;
+constexpr std::uint8_t storages_that_hold(double magnitude) {
+  constexpr double kMost[kStorages] = {0x1.fffffep127, 0x1.fffffffffffffp1023, 0x1.fep127, 65504};
+  std::uint8_t storages = 0;
+  for (int i = 0; i < kStorages; ++i) storages |= (magnitude <= kMost[i]) << i;
+  return storages;
+}
+
 // How some parameters are updated: those of one group, at one step of theirs.
 struct Update {
   const Structure* structure = nullptr;
   int kernel = kNoKernel;  // that for the first storage type; the others' follow
   std::int32_t row = -1;
   bool writes_grad = false;
-  bool adds_param = false;   // to the gradient
-  bool wide = false;         // averages of parameters of 16 bits are float32
-  bool for_doubles = false;  // alone, as a scalar is beyond float32
+  bool adds_param = false;               // to the gradient
+  bool wide = false;                     // averages of parameters of 16 bits are float32
+  std::uint8_t storages = kAllStorages;  // a bit for each type in which all scalars are finite
 
   bool writes(int stream) const { return stream != kGrad || writes_grad; }
+  bool takes(Storage type) const { return (storages >> static_cast<int>(type) & 1) != 0; }
 };
 
 // How the kernels call the tensor's dtype, if they know it.

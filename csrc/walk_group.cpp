@@ -37,10 +37,10 @@ const Update& Walker::find_update(Group& group, const Moment& moment) {
 
 Update Walker::make_update(const Group& group, const Moment& moment) {
   Row row;
-  const bool fits_float = rule_.scalars(group.options.hypers, moment, row);
+  const double greatest = rule_.scalars(group.options.hypers, moment, row);
   row.maximize = group.options.maximize;
   Update update = update_with(group, plan_.add_row(row));
-  update.for_doubles = !fits_float;
+  update.storages = storages_that_hold(greatest);
   return update;
 }
 
@@ -58,9 +58,11 @@ const Update& Walker::update_on(cuda::DeviceWork& work, Group& group) {
   if (group.work != &work) {
     group.update_there = update_with(group, work.row_of(rule_, group.options));
     const Number* hypers = group.options.hypers;
-    group.update_there.for_doubles = std::any_of(
-        hypers, hypers + rule_.hyper_count,
-        [](const Number& number) { return !number.is_there() && is_beyond_float(number.value); });
+    double greatest = 0;  // of what is known here
+    for (int i = 0; i < rule_.hyper_count; ++i) {
+      if (!hypers[i].is_there()) greatest = std::max(greatest, finite_magnitude(hypers[i].value));
+    }
+    group.update_there.storages = storages_that_hold(greatest);
     group.work = &work;
   }
   return group.update_there;

@@ -102,6 +102,8 @@ def _norm(tensor: Tensor, norm_type: float) -> Tensor:
 
 def _norm_over_mesh(norm: Tensor, norm_type: float, mesh: Any, dims: tuple[int, ...]) -> Tensor:
     """Join the norms of the shards that the processes along some dimensions of a mesh hold."""
+    if norm.is_meta:
+        return norm
     norm = norm.to(mesh.device_type)
     if math.isinf(norm_type):
         # The greatest of several may leave out a NaN, so that is told apart.

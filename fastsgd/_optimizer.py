@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ from fastsgd._extras import DOC, WithExtras, any_asked, signature_with_extras, u
 from fastsgd._stock import Step, step_as_stock, step_in_parts
 from fastsgd._stock_extras import step_with_extras
 
+P = ParamSpec("P")
+T = TypeVar("T")
+# Of this thread: the optimizer, of a derived class, whose own step is under way.
+_derived = threading.local()
+
 
 class FusedStep(WithAverages):
     """Mixin, before a torch optimizer among the bases, that steps it in one call.
@@ -35,6 +41,24 @@ class FusedStep(WithAverages):
     """
 
     _rule: str
+
+    @staticmethod
+    def profile_hook_step(func: Callable[P, T]) -> Callable[P, T]:
+        """Return torch's wrapper of the step of a derived class, which runs the hooks.
+
+        Torch wraps such a step itself. While it runs, the step of ours that it calls runs none.
+        """
+
+        @functools.wraps(func)
+        def step(*args: P.args, **kwargs: P.kwargs) -> T:
+            before = getattr(_derived, "steps", None)
+            _derived.steps = args[0]
+            try:
+                return func(*args, **kwargs)
+            finally:
+                _derived.steps = before
+
+        return Optimizer.profile_hook_step(step)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Give a class that names a rule the step of that rule."""
@@ -121,11 +145,9 @@ def _make_step(stock_step: Step) -> Step:
 
     # The hooks, their protocol and the profiler's record are torch's own code.
     observed = Optimizer.profile_hook_step(unobserved)
-    torchs_wrapper = observed.__code__
 
     def stepped(self: FusedStep, *args: Any, **kwargs: Any) -> Any:
-        # Torch wraps the step of a derived class. It has run the hooks where that calls this one.
-        within = getattr(type(self).step, "__code__", None) is torchs_wrapper
+        within = getattr(_derived, "steps", None) is self  # whose hooks have run
         return (unobserved if within else observed)(self, *args, **kwargs)
 
     untraced = _disable_dynamo(stepped)  # without importing dynamo

@@ -47,34 +47,27 @@ def step_in_parts(
         [group["params"][i] for i in route]
         for group, route in zip(optimizer.param_groups, routes, strict=True)
     ]
-    if any(theirs):
-        before = params_of(optimizer)
+    stepped = [param for part in theirs for param in part]
+    if stepped:
+        before = set(map(id, params_of(optimizer)))
         _step_part(optimizer, step_as_stock, theirs)
-        routes = _routes_now(optimizer, [param for part in theirs for param in part], before)
-    if _C.step_rest(optimizer, routes, *known):
+        if not _is_ours(optimizer):  # whose loop over the groups has come to those added meanwhile
+            stepped += [param for param in params_of(optimizer) if id(param) not in before]
+    if _C.step_rest(optimizer, _routes_of(optimizer, stepped), *known):
         return
-    groups = optimizer.param_groups
+    groups = list(optimizer.param_groups)
     ours = [  # of which torch must take some after all
         [param for i, param in enumerate(group["params"]) if i not in part]
-        for group, part in zip(groups, map(set, routes), strict=True)
+        for group, part in zip(groups, map(set, _routes_of(optimizer, stepped)), strict=True)
     ]
     with_changes(_params(groups, ours), partial(_step_the_rest, optimizer, step_as_stock, known))
 
 
-def _routes_now(optimizer: Optimizer, stepped: list[Tensor], before: list[Tensor]) -> Routes:
-    """Return where those stand that were stepped, among groups that torch's part may have changed.
-
-    Parameters that were in none before are the kernels' to step, but for a class of somebody's
-    own, whose loop over the groups has come to them.
-    """
-    taken, old = set(map(id, stepped)), set(map(id, before))
-    all_new = not _is_ours(optimizer)
+def _routes_of(optimizer: Optimizer, params: list[Tensor]) -> Routes:
+    """Return where these stand now: code that ran meanwhile may have changed the groups."""
+    named = set(map(id, params))
     return [
-        [
-            i
-            for i, param in enumerate(group["params"])
-            if id(param) in taken or (all_new and id(param) not in old)
-        ]
+        [i for i, param in enumerate(group["params"]) if id(param) in named]
         for group in optimizer.param_groups
     ]
 

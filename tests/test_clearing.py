@@ -208,16 +208,17 @@ def test_under_a_scaler(row: Row, how: Any, overflow: bool) -> None:
         assert p.grad is None if how is True else p.grad is grad and not grad.any()
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "set later"])
 @pytest.mark.parametrize("row", TAKE_FUSED, ids=repr)
 def test_a_copy_under_a_scaler(row: Row, how: str) -> None:
     """It clears what overflowed, as the original does, and so goes on."""
     p = Parameter(torch.ones(3))
-    optimizer = row.ours([p], **row.rich, fused=True, clear_grads=True)
+    optimizer = row.ours([p], **row.rich, fused=True, clear_grads=how != "set later")
     if how == "deepcopy":
         optimizer = copy.deepcopy(optimizer)
     else:
         optimizer = pickle.loads(pickle.dumps(optimizer))
+    optimizer.clear_grads = True
     (p,) = all_params(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     for factor in (1.0, INF, 1.0):

@@ -187,6 +187,9 @@ def test_what_cannot_be_had_has_not_failed(tmp_path: Path) -> None:
     code = "print('Error: Device not supported. Look it up'); raise SystemExit(1)"
     found = gpu_check.outcome(replace(check, words=python(code)), tmp_path / "log.txt", LATER)
     assert found["outcome"] == "cannot be had here: Error: Device not supported. Look it up"
+    code = "print('Device not supported', 'ERROR SUMMARY: 3 errors', sep=chr(10)); exit(9)"
+    found = gpu_check.outcome(replace(check, words=python(code)), tmp_path / "log.txt", LATER)
+    assert found["outcome"] == "FAILED (9): ERROR SUMMARY: 3 errors"
 
 
 def test_all_parts_end_in_time(tmp_path: Path) -> None:

@@ -296,3 +296,38 @@ def test_subclass_that_overrides_step(row: Row) -> None:
     assert twins.ours.count == twins.stock.count == 3
     events = hook_events(twins.ours, twins.ours.step)
     assert len(events) == 5, "stock's are 10 once the base was instantiated, whose step it wraps"
+
+
+@pytest.mark.parametrize("how", ["method", "class", "twice", "raises"])
+def test_hooks_around_a_step_of_the_base(row: Row, how: str) -> None:
+    """They run once for each step that is called, whichever that is."""
+
+    class Derived(row.ours):  # type: ignore[misc, name-defined]
+        def step(self, closure: Any = None) -> Any:
+            if how == "twice":
+                super().step()
+            if how == "raises":
+                raise KeyError
+            return super().step(closure)
+
+        def other_step(self) -> Any:
+            return super().step()
+
+    optimizer = Derived(ORDINARY(), **row.rich)
+    for p in all_params(optimizer):
+        p.grad = torch.ones_like(p)
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    if how == "method":
+        optimizer.other_step()
+    elif how == "class":
+        row.ours.step(optimizer)
+    elif how == "twice":
+        optimizer.step()
+    else:
+        with pytest.raises(KeyError):
+            optimizer.step()
+        calls.clear()
+        optimizer.other_step()
+    assert calls == ["before", "after"]

@@ -175,7 +175,7 @@ def test_sdist_holds_all_that_a_build_needs(tree, tmp_path):
     missing = {str(path.relative_to(tree)) for path in needed if path.is_file()} - names
     assert not missing
     assert not [name for name in names if name.endswith((".so", ".pyc", "_build_info.py"))]
-    assert "Requires-Dist: torch<2.15,>=2.11" in metadata_of_source
+    assert "Requires-Dist: torch<2.16,>=2.11" in metadata_of_source
 
 
 def build_ext(tree, platform=None, ok=True, **env):

@@ -116,6 +116,8 @@ def test_retained_grad_and_views(row: Row) -> None:
         retained = torch.randn(9, requires_grad=True) * 2
         retained.retain_grad()
         view = base[:, 1].detach().requires_grad_()
+        if torch.__version__ >= "2.15":  # which lets no such view be written twice
+            return [retained, view]
         with torch.no_grad():
             inner = Parameter(torch.randn(5, 5))[1:].requires_grad_()
         return [retained, view, inner]

@@ -1,5 +1,6 @@
 #include "rules/table.h"
 
+#include <algorithm>
 #include <cstring>
 #include <iterator>
 #include <type_traits>
@@ -10,18 +11,18 @@ namespace fastsgd {
 namespace {
 
 template <class R>
-bool write_scalars(const Number* hypers, const Moment& moment, Row& row) {
+double write_scalars(const Number* hypers, const Moment& moment, Row& row) {
   const auto scalars = R::scalars(hypers, moment);
   static_assert(sizeof(scalars) <= kScalarBytes,
                 "a rule has more scalars than rule.h has room for");
   static_assert(std::is_trivially_copyable_v<decltype(scalars)>);
   std::memcpy(row.scalars, &scalars, sizeof(scalars));
-  bool beyond = false;
+  double greatest = 0;
   scalars.each([&](double x) {
-    beyond |= is_beyond_float(x);
+    greatest = std::max(greatest, finite_magnitude(x));
     return x;
   });
-  return !beyond;
+  return greatest;
 }
 
 template <class R>
