@@ -266,8 +266,7 @@ bool Plan::add_usual(const Update& update, const Subject& subject, Owners owners
   const int found = plain_.find(form), type = found % kStorages;
   const bool permuted = found >= kStorages;
   const std::int64_t count = Fields::count(param);
-  if (found == kForms || (update.wide && kItemSizes[type] < 4) ||
-      !update.takes(static_cast<Storage>(type))) [[unlikely]]
+  if (found == kForms || (update.usual >> type & 1) == 0) [[unlikely]]
     return false;
   const std::int64_t item_size = kItemSizes[type], bytes = count * item_size;
   const at::IntArrayRef sizes = Fields::shape(param).sizes_arrayref(),

@@ -31,6 +31,8 @@ using Owners = c10::TensorImpl* const*;
 
 // The storage types that hold numbers up to a magnitude, a bit for each.
 inline constexpr std::uint8_t kAllStorages = (1 << kStorages) - 1;
+inline constexpr std::uint8_t kHalfStorages =
+    1 << static_cast<int>(Storage::kBFloat16) | 1 << static_cast<int>(Storage::kHalf);
 constexpr std::uint8_t storages_that_hold(double magnitude) {
   constexpr double kMost[kStorages] = {0x1.fffffep127, 0x1.fffffffffffffp1023, 0x1.fep127, 65504};
   std::uint8_t storages = 0;
@@ -46,7 +48,8 @@ struct Update {
   bool writes_grad = false;
   bool adds_param = false;               // to the gradient
   bool wide = false;                     // averages of parameters of 16 bits are float32
-  std::uint8_t storages = kAllStorages;  // a bit for each type in which all scalars are finite
+  std::uint8_t storages = kAllStorages;  // a bit for each type that the kernels can take
+  std::uint8_t usual = kAllStorages;     // and that is in no way special
 
   bool writes(int stream) const { return stream != kGrad || writes_grad; }
   bool takes(Storage type) const { return (storages >> static_cast<int>(type) & 1) != 0; }

@@ -188,7 +188,8 @@ class Walker {
   }
   [[gnu::noinline]] const Update& find_update(Group& group, const Moment& moment);
   Update make_update(const Group& group, const Moment& moment);
-  Update update_with(const Group& group, std::int32_t row) const;
+  // `greatest`: what a dtype must be able to hold.
+  Update update_with(const Group& group, std::int32_t row, double greatest = 0) const;
   const Update& update_on(cuda::DeviceWork& work, Group& group);
 
   const Foreign foreign_;

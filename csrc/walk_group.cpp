@@ -39,30 +39,30 @@ Update Walker::make_update(const Group& group, const Moment& moment) {
   Row row;
   const double greatest = rule_.scalars(group.options.hypers, moment, row);
   row.maximize = group.options.maximize;
-  Update update = update_with(group, plan_.add_row(row));
-  update.storages = storages_that_hold(greatest);
-  return update;
+  return update_with(group, plan_.add_row(row), greatest);
 }
 
-Update Walker::update_with(const Group& group, std::int32_t row) const {
+Update Walker::update_with(const Group& group, std::int32_t row, double greatest) const {
+  const std::uint8_t storages = storages_that_hold(greatest);
   return {.structure = &rule_.structures[group.structure],
           .kernel = first_kernel(rule_number_, group.options.structure),
           .row = row,
           .writes_grad = extras_->any ? clears_in_pass_ : scaling_.unscale,
           .adds_param = rule_.adds_param(group.options.hypers),
-          .wide = extras_->wide};
+          .wide = extras_->wide,
+          .storages = storages,
+          .usual = static_cast<std::uint8_t>(extras_->wide ? storages & ~kHalfStorages : storages)};
 }
 
 // On another device: where the steps are counted there, one update is good for any moment.
 const Update& Walker::update_on(cuda::DeviceWork& work, Group& group) {
   if (group.work != &work) {
-    group.update_there = update_with(group, work.row_of(rule_, group.options));
     const Number* hypers = group.options.hypers;
     double greatest = 0;  // of what is known here
     for (int i = 0; i < rule_.hyper_count; ++i) {
       if (!hypers[i].is_there()) greatest = std::max(greatest, finite_magnitude(hypers[i].value));
     }
-    group.update_there.storages = storages_that_hold(greatest);
+    group.update_there = update_with(group, work.row_of(rule_, group.options), greatest);
     group.work = &work;
   }
   return group.update_there;
