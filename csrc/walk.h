@@ -33,7 +33,7 @@ struct Known {
 };
 
 // What an optimizer's class has of its own that only stock's step understands: the way that the
-// parameters of a group are gathered, or even where its groups or its state are.
+// parameters of a group are gathered, or even where its groups, its state or its defaults are.
 enum class Foreign : std::uint8_t { kNothing, kGathering, kAttributes };
 
 // What an optimizer keeps between steps: memory, and hints of where things were. Nothing that it

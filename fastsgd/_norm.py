@@ -154,7 +154,7 @@ class Found:
         return _joined([part.to(first.device) for part in parts], self.norm_type)
 
     def is_unknown(self, norm: Tensor) -> bool:
-        """Whether their norm has no value, as none of them has any: they are meta or fake ones."""
+        """Whether their norm has no value: they are on meta, or a mode makes it a fake tensor."""
         all_meta = norm.is_meta and not self.count and all(grad.is_meta for grad in self.others)
         return all_meta or isinstance(norm, FakeTensor)
 

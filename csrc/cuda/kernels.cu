@@ -34,7 +34,7 @@ __device__ void run(const B& block, int thread) {
 }
 
 // The same of a block that has read the counters; the last that has counts the step. One thread
-// asks whether it is this one, which takes a microsecond, while the others are at work.
+// asks whether it is this one, and waits for memory's answer, while the others are at work.
 template <bool kLaidOut, class B>
 __device__ void run_and_count(const B& block, const Tables& tables, int thread) {
   __shared__ bool counts;
