@@ -149,7 +149,7 @@ class Extra:
             extras[self.name] = value
             optimizer.__dict__["_extras"] = extras
             if optimizer.defaults.get("fused"):  # which a copy may have lost
-                optimizer._step_supports_amp_scaling = True
+                optimizer.__dict__.setdefault("_step_supports_amp_scaling", True)
 
 
 def refuse_parts(extras: Values, params: list[Any]) -> None:

@@ -32,6 +32,21 @@ T = TypeVar("T")
 _derived = threading.local()
 
 
+def _is_stepped(optimizer: object) -> bool:
+    """Whether this thread is in a step of a derived class's, whose hooks have run."""
+    return getattr(_derived, "steps", None) is optimizer
+
+
+def _call_noted(func: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+    """Call a derived class's step, which is under way meanwhile."""
+    before = getattr(_derived, "steps", None)
+    _derived.steps = args[0] if args else kwargs.get("self")
+    try:
+        return func(*args, **kwargs)
+    finally:
+        _derived.steps = before
+
+
 class FusedStep(WithAverages):
     """Mixin, before a torch optimizer among the bases, that steps it in one call.
 
@@ -49,16 +64,19 @@ class FusedStep(WithAverages):
         Torch wraps such a step itself. While it runs, the step of ours that it calls runs none.
         """
 
+        # A class of __main__ is pickled by value, with these functions: so they name others alone.
+        @functools.wraps(func)
+        def noted(*args: P.args, **kwargs: P.kwargs) -> T:
+            return _call_noted(func, args, kwargs)
+
+        observed = Optimizer.profile_hook_step(noted)
+
         @functools.wraps(func)
         def step(*args: P.args, **kwargs: P.kwargs) -> T:
-            before = getattr(_derived, "steps", None)
-            _derived.steps = args[0]
-            try:
-                return func(*args, **kwargs)
-            finally:
-                _derived.steps = before
+            within = bool(args) and _is_stepped(args[0])  # by one that is derived from this class
+            return (func if within else observed)(*args, **kwargs)
 
-        return Optimizer.profile_hook_step(step)
+        return step
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Give a class that names a rule the step of that rule."""
@@ -147,8 +165,7 @@ def _make_step(stock_step: Step) -> Step:
     observed = Optimizer.profile_hook_step(unobserved)
 
     def stepped(self: FusedStep, *args: Any, **kwargs: Any) -> Any:
-        within = getattr(_derived, "steps", None) is self  # whose hooks have run
-        return (unobserved if within else observed)(self, *args, **kwargs)
+        return (unobserved if _is_stepped(self) else observed)(self, *args, **kwargs)
 
     untraced = _disable_dynamo(stepped)  # without importing dynamo
 

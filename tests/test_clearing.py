@@ -216,9 +216,11 @@ def test_a_copy_under_a_scaler(row: Row, how: str) -> None:
     optimizer = row.ours([p], **row.rich, fused=True, clear_grads=how != "set later")
     if how == "deepcopy":
         optimizer = copy.deepcopy(optimizer)
-    else:
+    elif how == "pickle":
         optimizer = pickle.loads(pickle.dumps(optimizer))
-    optimizer.clear_grads = True
+    if how == "set later":
+        optimizer = copy.deepcopy(optimizer)
+        optimizer.clear_grads = True
     (p,) = all_params(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     for factor in (1.0, INF, 1.0):

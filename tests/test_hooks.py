@@ -298,6 +298,29 @@ def test_subclass_that_overrides_step(row: Row) -> None:
     assert len(events) == 5, "stock's are 10 once the base was instantiated, whose step it wraps"
 
 
+def test_derived_from_a_derived_class(row: Row) -> None:
+    """Hooks run once, whichever class was instantiated first; and both can be pickled by value."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    for first in (False, True):
+
+        class Once(row.ours):  # type: ignore[misc, name-defined]
+            def step(self, closure: Any = None) -> Any:
+                return super().step(closure)
+
+        class Twice(Once):
+            def step(self, closure: Any = None) -> Any:
+                return super().step(closure)
+
+        if first:
+            Once(ORDINARY(), **row.rich)
+        optimizer = Twice(ORDINARY(), **row.rich)
+        assert len(hook_events(optimizer, optimizer.step)) == 5
+        for cls in (Once, Twice):
+            copied = cloudpickle.loads(cloudpickle.dumps(cls(ORDINARY(), **row.rich)))
+            events = hook_events(copied, copied.step)
+            assert len([name for name, *_ in events if name.startswith("own")]) == 3
+
+
 @pytest.mark.parametrize("how", ["method", "class", "twice", "raises"])
 def test_hooks_around_a_step_of_the_base(row: Row, how: str) -> None:
     """They run once for each step that is called, whichever that is."""
