@@ -18,33 +18,33 @@ bool has_attribute(PyObject* object, const char* name) {
   return static_cast<bool>(found);
 }
 
-// The place of the first class from `begin` on, in an order in which attributes are found, that has
-// this one itself; the end where none has.
-Py_ssize_t find_attribute(PyObject* classes, const char* name, Py_ssize_t begin = 0) {
-  const Py_ssize_t end = PyTuple_GET_SIZE(classes);
-  for (Py_ssize_t i = begin; i < end; ++i) {
-    const auto* each = reinterpret_cast<PyTypeObject*>(PyTuple_GET_ITEM(classes, i));
-    const bool built_in = each->tp_dict == nullptr;
-    if (!built_in && PyDict_GetItemString(each->tp_dict, name) != nullptr) return i;
-  }
-  return end;
+// What a class has itself by a name; null if nothing, or if it is built in.
+PyObject* own(PyObject* cls, const DictKey& name) {
+  PyObject* dict = reinterpret_cast<PyTypeObject*>(cls)->tp_dict;
+  return dict == nullptr ? nullptr : name.ask(dict);
 }
 
-PyObject* attribute_from(PyObject* classes, const char* name, Py_ssize_t begin) {
-  const Py_ssize_t at = find_attribute(classes, name, begin);
-  if (at == PyTuple_GET_SIZE(classes)) return nullptr;
-  return PyDict_GetItemString(
-      reinterpret_cast<PyTypeObject*>(PyTuple_GET_ITEM(classes, at))->tp_dict, name);
+// The first that any class has, from the `begin`th on in an order in which attributes are found.
+PyObject* first_own(PyObject* classes, const DictKey& name, Py_ssize_t begin) {
+  for (Py_ssize_t i = begin; i < PyTuple_GET_SIZE(classes); ++i) {
+    if (PyObject* found = own(PyTuple_GET_ITEM(classes, i), name)) return found;
+  }
+  return nullptr;
 }
 
 // Whether a class has another `_init_group`, by which stock's step gathers the parameters of a
 // group, than the one that its rule is for: that of the bases of the class that names the rule.
 bool gathers_itself(PyTypeObject* type) {
-  const Py_ssize_t ruled = find_attribute(type->tp_mro, "_rule");
-  if (ruled == PyTuple_GET_SIZE(type->tp_mro)) return false;
-  auto* rules = reinterpret_cast<PyTypeObject*>(PyTuple_GET_ITEM(type->tp_mro, ruled));
-  return attribute_from(type->tp_mro, "_init_group", 0) !=
-         attribute_from(rules->tp_mro, "_init_group", 1);
+  static const DictKey& rule = *new DictKey("_rule");
+  static const DictKey& init_group = *new DictKey("_init_group");
+  PyObject* classes = type->tp_mro;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(classes); ++i) {
+    PyObject* each = PyTuple_GET_ITEM(classes, i);
+    if (own(each, rule) == nullptr) continue;
+    PyObject* bases = reinterpret_cast<PyTypeObject*>(each)->tp_mro;
+    return first_own(classes, init_group, 0) != first_own(bases, init_group, 1);
+  }
+  return false;
 }
 
 }  // namespace
