@@ -93,7 +93,7 @@ def test_stock_as_it_is(row: Row, options: Any, dtype: torch.dtype) -> None:
             for name in twins.stock.state.get(q, {}).keys() - {"step"}:
                 mine, theirs = twins.ours.state[p][name], twins.stock.state[q][name]
                 assert torch.equal(mine[right], theirs[right]), name
-    assert right.sum() > 100, "hardly any root is right on this machine, so this shows nothing"
+    assert right.sum() > 1000, "hardly any root is right on this machine, so this shows nothing"
 
 
 @pytest.mark.parametrize(
