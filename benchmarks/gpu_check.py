@@ -33,8 +33,6 @@ FILES = ["cuda", "device", "device_one_pass", "bench_command", "docs", "loops"]
 ON_A_DEVICE = "cuda or on_a_device or (amp.py and not difference)"
 MOST_WORKERS = 12  # each has a context on the device
 
-FINDINGS = "Invalid |Race |[1-9][0-9]* hazards?"  # of a sanitizer
-
 
 @dataclass(frozen=True)
 class Check:
@@ -44,7 +42,8 @@ class Check:
         words: The command.
         limit: How many seconds it may take.
         says: A pattern in what it prints if all is well.
-        cannot: What it says where it cannot be had.
+        cannot: What it says where it cannot be had,
+        found: and a pattern in what it prints if it could, and found something.
         variables: What is else in its environment.
     """
 
@@ -52,6 +51,7 @@ class Check:
     limit: float
     says: str = ""
     cannot: str = ""
+    found: str = ""
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -90,6 +90,7 @@ def sanitizers(path: Path) -> dict[str, Check]:
             limit=120,
             says="(?s)all in the kernels.*SUMMARY: 0 ",
             cannot="Device not supported",
+            found="Invalid |Race |[1-9][0-9]* hazards?",
             variables=alone,
         )
         for tool in ("memcheck", "racecheck")
@@ -118,7 +119,8 @@ def outcome(check: Check, log: Path, end: float) -> dict[str, Any]:
     if not well:
         found["outcome"] = f"FAILED ({status}): {last}"
         # What it says of itself is in its count of errors.
-        if check.cannot and check.cannot in text and not re.search(FINDINGS, text):
+        found_any = check.found and re.search(check.found, text)
+        if check.cannot and check.cannot in text and not found_any:
             why = next(line for line in text.splitlines() if check.cannot in line)
             found["outcome"] = f"cannot be had here: {why.strip()}"
     if failed := re.findall(r"^(?:FAILED|ERROR) (\S+::.*|\S+\.py.*)", text, re.MULTILINE):

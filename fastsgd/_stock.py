@@ -49,10 +49,11 @@ def step_in_parts(
     ]
     stepped = [param for part in theirs for param in part]
     if stepped:
-        before = set(map(id, params_of(optimizer)))
+        before = params_of(optimizer)
         _step_part(optimizer, step_as_stock, theirs)
         if not _is_ours(optimizer):  # whose loop over the groups has come to those added meanwhile
-            stepped += [param for param in params_of(optimizer) if id(param) not in before]
+            known_before = set(map(id, before))
+            stepped += [param for param in params_of(optimizer) if id(param) not in known_before]
     if _C.step_rest(optimizer, _routes_of(optimizer, stepped), *known):
         return
     groups = list(optimizer.param_groups)
