@@ -239,6 +239,9 @@ PYBIND11_MODULE(_C, module) {
       "too much for these.");
   module.def("has_kernels_for", &fastsgd::cuda::has_kernels_for,
              "Whether this build has kernels that run on a device.");
+  module.def(
+      "devices_of", [](const py::list& tensors) { return fastsgd::devices_of(tensors.ptr()); },
+      "Where a list's tensors lie, each device once.");
   module.def("grad_norm", &fastsgd::grad_norm,
              "The total norm of the gradients at an optimizer's last step that measured it; None "
              "before.");

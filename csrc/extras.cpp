@@ -66,6 +66,14 @@ void ExtrasReader::read_dict(PyObject* dict) {
               seen_.clear != Extras::Clear::kKeep;
 }
 
+void ExtrasReader::refuse_in(PyObject* group) {
+  for (DictKey* key : {&max_norm_, &order_, &raises_, &bound_, &skips_, &decay_, &wide_, &clear_}) {
+    if (key->in(group) == nullptr) continue;
+    static auto& refuse = *new PyCall("fastsgd._extras", "refuse_in_group");
+    refuse(group);
+  }
+}
+
 Averaged ExtrasReader::averaged(PyObject* attributes) {
   PyObject* count = averaged_.optional_in(attributes);
   if (count == nullptr) return {};

@@ -62,6 +62,9 @@ class ExtrasReader {
   // As they are now, good until the next is read.
   const Extras& read(PyObject* attributes);
 
+  // Throws where a group has one, which is the optimizer's.
+  void refuse_in(PyObject* group);
+
   // How many averages there were, as the optimizer has it; and what it is to have.
   Averaged averaged(PyObject* attributes);
   void keep(PyObject* attributes, const Averaged& averaged);

@@ -162,4 +162,17 @@ Left exchange_all(const std::vector<at::Tensor>& params, const std::vector<at::T
   return left;
 }
 
+std::vector<c10::Device> devices_of(PyObject* list) {
+  std::vector<c10::Device> devices;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+    const Ref tensor = Ref::borrow(PyList_GET_ITEM(list, i));
+    if (!any_tensor(tensor.get())) continue;
+    const c10::Device device = tensor_of(tensor.get()).device();
+    if (std::find(devices.begin(), devices.end(), device) == devices.end()) {
+      devices.push_back(device);
+    }
+  }
+  return devices;
+}
+
 }  // namespace fastsgd

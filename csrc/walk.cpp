@@ -51,7 +51,7 @@ Walker::Walker(int rule, Foreign foreign, Findings& findings)
       findings_(findings),
       rule_(rule_at(rule)),
       rule_number_(rule),
-      options_(rule_),
+      options_(rule_, extras_reader_),
       states_(rule_),
       fill_(rule_.fill == nullptr ? "" : rule_.fill) {}
 
@@ -81,6 +81,15 @@ bool Walker::plan_groups(PyObject* groups) {
     plan_group(group, number);
   }
   return true;
+}
+
+// Those of groups that may not have been read, as stock takes them unread.
+void Walker::refuse_options_of_groups(PyObject* groups) {
+  if (groups == nullptr || !PyList_Check(groups)) return;
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
+    PyObject* group = PyList_GET_ITEM(groups, g);
+    if (PyDict_Check(group)) extras_reader_.refuse_in(group);
+  }
 }
 
 // Walks until nothing is left to ask: no Python code runs within a walk, but between two of them.
@@ -145,6 +154,8 @@ Walker::Way Walker::plan_step(PyObject* groups, PyObject* state, PyObject* defau
     if (!plan_all(groups, state) || memory_meets()) return Way::kStock;
   }
   if (hidden_ || states_.creates_twice()) return Way::kStock;
+  const bool none_here = plan_.empty() && works_.empty();
+  if (taken == nullptr && none_here && !routes_.empty()) return Way::kStock;  // all of them
   if (!routes_.empty()) routes_.resize(static_cast<std::size_t>(PyList_GET_SIZE(groups)));
   for (cuda::DeviceWork* work : works_) {
     // Which reads the scaler's values where it can reach them.
@@ -191,6 +202,7 @@ bool Walker::step(PyObject* optimizer, const std::optional<Known>& known, const 
   const bool leaves = way == Way::kStock || way == Way::kParts;
   if (taken == nullptr) left_any_ = leaves;
   if (leaves) {
+    if (way == Way::kStock) refuse_options_of_groups(groups.get());
     // What would raise in the kernels' part does so before torch's is stepped.
     if (extras_->averages && way == Way::kParts && alone() != nullptr) {
       count_is_there(extras_reader_.averaged(attributes).there, alone()->device());

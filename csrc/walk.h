@@ -117,6 +117,7 @@ class Walker {
                 const Routes* taken);
   bool plan_all(PyObject* groups, PyObject* state);
   bool plan_groups(PyObject* groups);
+  void refuse_options_of_groups(PyObject* groups);
   void leave_to_stock(Place place, PyObject* param);
 
   bool memory_meets();
@@ -196,6 +197,7 @@ class Walker {
   Findings& findings_;
   const Rule& rule_;
   int rule_number_;
+  ExtrasReader extras_reader_;
   OptionReader options_;
   States states_;
   Plan plan_;
@@ -218,7 +220,6 @@ class Walker {
   bool left_any_ = false;                  // at the last step
   std::vector<Made> made_;
   Scaling scaling_;
-  ExtrasReader extras_reader_;
   const Extras* extras_ = nullptr;  // at this step
   Extras known_extras_;             // those, where Python has done a part
   double factor_ = 1, decay_ = 0;   // theirs, once they are known

@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, Concatenate, Literal, ParamSpec, TypedDict, TypeVar
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypedDict, TypeVar, overload
 
 import torch
 from torch.optim.optimizer import Optimizer
@@ -19,6 +19,10 @@ from torch.optim.optimizer import Optimizer
 Values = dict[str, Any]
 P = ParamSpec("P")
 T = TypeVar("T")
+V = TypeVar("V")
+# What two of the options may be.
+Decay = float | Callable[[int], float] | None
+Clearing = bool | Literal["zero"]
 
 
 def _is_number(value: Any) -> bool:
@@ -30,7 +34,10 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
     if not 0 <= value:
         raise ValueError(f"Invalid {name}: {value}. It must be a number, and at least 0.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"Invalid {name}: it is beyond float64. For no bound, pass inf.") from None
 
 
 def _optional_number(name: str, value: Any) -> float | None:
@@ -63,7 +70,7 @@ def checked_decay(value: Any) -> float:
     raise TypeError(f"ema_decay must be a number or a callable, not {type(value).__name__}")
 
 
-def _decay(name: str, value: Any) -> Any:
+def _decay(name: str, value: Any) -> Decay:
     return value if value is None or callable(value) else checked_decay(value)
 
 
@@ -73,9 +80,11 @@ def _dtype(name: str, value: Any) -> torch.dtype | None:
     raise ValueError(f"Invalid {name}: {value!r}. It is None (the parameter's) or torch.float32.")
 
 
-def _clear(name: str, value: Any) -> bool | str:
-    if value is True or value is False or value == "zero":
-        return value  # type: ignore[no-any-return]
+def _clear(name: str, value: Any) -> Clearing:
+    if value is True or value is False:
+        return value
+    if value == "zero":
+        return "zero"
     raise ValueError(f"Invalid {name}: {value!r}. It is False, True (to None) or 'zero'.")
 
 
@@ -103,10 +112,10 @@ def of_the_optimizer_within(method: Callable[Concatenate[Any, P], T]) -> Callabl
     return call
 
 
-class Extra:
+class Extra(Generic[V]):
     """An option of an optimizer, read and set as an attribute; setting it checks it first."""
 
-    def __init__(self, default: Any, check: Callable[[str, Any], Any], doc: str) -> None:
+    def __init__(self, default: V, check: Callable[[str, Any], V], doc: str) -> None:
         """Keep what is said of it."""
         self.default = default
         self.check = check
@@ -117,13 +126,19 @@ class Extra:
         self.name = name
         EXTRAS[name] = self
 
-    def __get__(self, optimizer: Optimizer | None, owner: type) -> Any:
+    @overload
+    def __get__(self, optimizer: None, owner: type) -> Extra[V]: ...
+    @overload
+    def __get__(self, optimizer: Optimizer, owner: type) -> V: ...
+    def __get__(self, optimizer: Optimizer | None, owner: type) -> Extra[V] | V:
         """Return its value; of the class, itself."""
         if optimizer is None:
             return self
-        return unwrapped(optimizer).__dict__.get("_extras", {}).get(self.name, self.default)
+        values: Values = unwrapped(optimizer).__dict__.get("_extras", {})
+        value: V = values.get(self.name, self.default)
+        return value
 
-    def __set__(self, optimizer: Any, value: Any) -> None:
+    def __set__(self, optimizer: Any, value: V) -> None:
         """Set it, if it is valid together with the others."""
         value = self.check(self.name, value)
         optimizer = unwrapped(optimizer)
@@ -163,6 +178,17 @@ def refuse_parts(extras: Values, params: list[Any]) -> None:
         )
 
 
+def refuse_in_group(group: Any) -> None:
+    """Raise where a group has an option that is the optimizer's."""
+    for name in EXTRAS:
+        if isinstance(group, dict) and name in group:
+            raise ValueError(
+                f"{name} belongs to the optimizer and not to a group: take it out of the group, "
+                f"and pass it to the constructor, or set optimizer.{name}. (A "
+                "ZeroRedundancyOptimizer, which hands options to groups, cannot have it.)"
+            )
+
+
 MEASURING = ("max_grad_norm", "skip_nonfinite", "error_if_nonfinite")
 ACTING = (*MEASURING, "clip_grad_value", "ema_decay", "clear_grads")
 
@@ -186,9 +212,9 @@ class OnePass(TypedDict, total=False):
     error_if_nonfinite: bool
     clip_grad_value: float | None
     skip_nonfinite: bool
-    ema_decay: float | Callable[[int], float] | None
+    ema_decay: Decay
     ema_dtype: torch.dtype | None
-    clear_grads: bool | Literal["zero"]
+    clear_grads: Clearing
 
 
 # What the docstring of every optimizer ends with.
@@ -237,30 +263,30 @@ DOC = """
 """
 
 # By name, in the order in which the constructors take them.
-EXTRAS: dict[str, Extra] = {}
+EXTRAS: dict[str, Extra[Any]] = {}
 
 
 class WithExtras(Optimizer):
     """Mixin with the options, that passes what torch's class takes on to it."""
 
-    max_grad_norm = Extra(
+    max_grad_norm = Extra[float | None](
         None,
         _optional_number,
         "Norm to which all gradients together are scaled down, or None.",
     )
-    norm_type = Extra(2.0, _norm_type, "Order of the norm, 2 or inf.")
-    error_if_nonfinite = Extra(False, _flag, "Raise where the norm is not finite.")
-    clip_grad_value = Extra(
+    norm_type = Extra[float](2.0, _norm_type, "Order of the norm, 2 or inf.")
+    error_if_nonfinite = Extra[bool](False, _flag, "Raise where the norm is not finite.")
+    clip_grad_value = Extra[float | None](
         None, _optional_number, "Greatest magnitude of an element of a gradient, or None."
     )
-    skip_nonfinite = Extra(False, _flag, "Skip a step with gradients that are not finite.")
-    ema_decay = Extra(
+    skip_nonfinite = Extra[bool](False, _flag, "Skip a step with gradients that are not finite.")
+    ema_decay = Extra[Decay](
         None, _decay, "Decay of an average of each parameter, a schedule of it, or None."
     )
-    ema_dtype = Extra(
+    ema_dtype = Extra[torch.dtype | None](
         None, _dtype, "None for the parameter's dtype, torch.float32 for at least that."
     )
-    clear_grads = Extra(
+    clear_grads = Extra[Clearing](
         False, _clear, "Clear the gradients after a step, to None (True) or to zeros ('zero')."
     )
 
@@ -272,6 +298,19 @@ class WithExtras(Optimizer):
         for name, value in {**early, **extras}.items():
             setattr(self, name, value)
 
+    def __repr__(self) -> str:
+        """Return torch's, with the options that are asked for."""
+        extras: Values = unwrapped(self).__dict__.get("_extras", {})
+        asked = [
+            f"    {name}: {extras[name]}\n"
+            for name, extra in EXTRAS.items()
+            if name in extras and extras[name] != extra.default
+        ]
+        text = super().__repr__()
+        if not asked or not text.endswith(")"):
+            return text
+        return "".join([text[:-1], "\nOne pass\n", *asked, ")"])
+
     def _before_setting(self, name: str, value: Any) -> None:
         """Change what goes with an option that is about to be set, or raise."""
 
@@ -279,13 +318,7 @@ class WithExtras(Optimizer):
         """Add a group as torch does; one that has an option which no group can have is refused."""
         within = unwrapped(self)
         refuse_inside_ema_weights(within, "add_param_group()")
-        for name in EXTRAS:
-            if isinstance(param_group, dict) and name in param_group:
-                raise ValueError(
-                    f"{name} belongs to the optimizer and not to a group: pass it to the "
-                    f"constructor, or set optimizer.{name}. (A ZeroRedundancyOptimizer, which "
-                    "hands options to groups, cannot have it.)"
-                )
+        refuse_in_group(param_group)
         super().add_param_group(param_group)
         try:
             refuse_parts(within.__dict__.get("_extras", {}), self.param_groups[-1]["params"])

@@ -22,7 +22,13 @@ from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
 from fastsgd import _C
 from fastsgd._averages import WithAverages
-from fastsgd._extras import DOC, WithExtras, any_asked, signature_with_extras, unwrapped
+from fastsgd._extras import (
+    DOC,
+    WithExtras,
+    any_asked,
+    signature_with_extras,
+    unwrapped,
+)
 from fastsgd._stock import Step, step_as_stock, step_in_parts
 from fastsgd._stock_extras import step_with_extras
 

@@ -104,7 +104,8 @@ def _step_the_rest(optimizer: Optimizer, step_as_stock: Step, known: Known) -> N
 
 def step_as_stock(optimizer: Optimizer, stock_step: Step) -> None:
     """Step every parameter in torch's single-tensor code, gradient scaling done before it."""
-    scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+    scale = getattr(optimizer, "grad_scale", None)
+    found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is not None and found_inf.item():
         return
     params = params_of(optimizer)
@@ -151,6 +152,9 @@ def with_changes(
     them, and would leave the optimizer without some of its parameters. None comes within a call of
     C code, so a single one puts everything back.
     """
+    if not changes:
+        call()
+        return
     whose, names, was, values = ([change[i] for change in changes] for i in range(4))
     put_back: Callable[[], object] = partial(deque, map(put, whose, names, was), maxlen=0)
     try:
@@ -173,6 +177,9 @@ def _params(groups: list[dict[str, Any]], params: list[list[Tensor]]) -> list[Ch
     ]
 
 
+_FLAGS = ("foreach", "fused", "capturable")
+
+
 def _flags(groups: list[dict[str, Any]]) -> list[Change]:
     """Return what turns torch's other code off, for CPU parameters.
 
@@ -181,8 +188,8 @@ def _flags(groups: list[dict[str, Any]]) -> list[Change]:
     return [
         (group, flag, group[flag], False)
         for group in groups
-        if any(param.device.type == "cpu" for param in group["params"])
-        for flag in ("foreach", "fused", "capturable")
+        if any(map(group.get, _FLAGS)) and any(p.device.type == "cpu" for p in group["params"])
+        for flag in _FLAGS
         if group.get(flag)
     ]
 
@@ -192,8 +199,8 @@ _warned_of: set[str] = set()
 
 def warn_of_devices(params: list[Tensor]) -> None:
     """Say once why parameters on a device take torch's path, where there are no kernels for it."""
-    for device in {param.device for param in params if param.device.type != "meta"}:
-        if _C.has_kernels_for(device):
+    for device in _C.devices_of(params):
+        if device.type == "meta" or _C.has_kernels_for(device):
             continue
         text = _why_not_on(device)
         if text not in _warned_of:

@@ -158,7 +158,7 @@ class Extended(Twins):
         if extras["clear_grads"] is False:
             assert_equal([p.grad for p in all_params(ours)], before)
         counts = ("max_grad_norm", "skip_nonfinite", "error_if_nonfinite")
-        if any(extras[name] not in (None, False) for name in counts):
+        if any(extras[name] is not None and extras[name] is not False for name in counts):
             assert_norm(ours.grad_norm, before, extras["norm_type"])
         skip = extras["skip_nonfinite"] and not finite(before)
         assert ours.skipped_steps == skipped + skip

@@ -309,6 +309,8 @@ def test_zeros_take_one_launch(row: Row) -> None:
 
 
 def test_what_a_build_has() -> None:
+    tensors = [torch.ones(2), torch.ones(2, device="meta"), torch.ones(3)]
+    assert _C.devices_of(tensors) == [torch.device("cpu"), torch.device("meta")]
     assert _C.has_kernels_for(torch.device("cpu"))
     assert not _C.has_kernels_for(torch.device("xpu", 0))
     assert not _C.has_kernels_for(torch.device("meta"))

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from cases import ORDINARY_SHAPES, Row
-from onepass import EXTRAS, INF, NAN, Extended, copies, extras_of
+from onepass import EXTRAS, INF, NAN, Extended, Own, copies, extras_of
 from oracle import all_params, assert_equal
 from places import emulated, give
 from snapshot import Snapshot
+from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 from twins import parameters
 
@@ -98,6 +100,37 @@ def test_not_in_a_group(row: Row, name: str) -> None:
         twins.run(1)
 
 
+def own(data: Tensor) -> Tensor:
+    """Return a parameter that is torch's to step."""
+    return data.as_subclass(Own).requires_grad_()
+
+
+@pytest.mark.parametrize("kind", [Parameter, own], ids=["kernels", "torch"])
+@pytest.mark.parametrize("name", EXTRAS)
+def test_not_written_into_a_group(row: Row, name: str, kind: Any) -> None:
+    """Nor may one be written into a group: the next steps say so, and a checkpoint's load."""
+
+    def build() -> list[dict[str, Any]]:
+        return [{"params": BUILD()}, {"params": [kind(torch.randn(70))]}]
+
+    for value in (EXTRAS[name], GOOD[name]):
+        twins = Extended(row, build, {}, **row.rich).run(2)
+        twins.grads()
+        twins.ours.param_groups[1][name] = value
+        checkpoint, snapshot = twins.ours.state_dict(), Snapshot(twins.ours)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"{name} belongs to the optimizer"):
+                twins.ours.step()
+        snapshot.assert_unchanged()
+        del twins.ours.param_groups[1][name]
+        snapshot = Snapshot(twins.ours)
+        with pytest.raises(ValueError, match=f"{name} belongs to the optimizer"):
+            twins.ours.load_state_dict(checkpoint)
+        snapshot.assert_unchanged()
+        twins.step()
+        twins.check()
+
+
 @pytest.mark.parametrize("name", [n for n in EXTRAS if n not in ("norm_type", "ema_dtype")])
 def test_not_where_steps_are_differentiable(row: Row, name: str) -> None:
     """With ``differentiable`` none can be set."""
@@ -107,6 +140,23 @@ def test_not_where_steps_are_differentiable(row: Row, name: str) -> None:
     with pytest.raises(ValueError):
         setattr(optimizer, name, GOOD[name])
     assert extras_of(optimizer) == EXTRAS
+
+
+def test_shown(row: Row) -> None:
+    """Printing an optimizer shows what is asked for, and nothing more than torch's does else."""
+    params = BUILD()
+    optimizer = row.ours(params, **row.rich)
+    text = repr(optimizer)
+    assert text == repr(row.stock(params, **row.rich))
+    for name, value in FULL.items():
+        setattr(optimizer, name, value)
+    lines = "".join(f"    {name}: {value}\n" for name, value in FULL.items() if name in EXTRAS)
+    head, shown = repr(optimizer).split("\nOne pass\n")
+    assert head + ")" == text
+    assert sorted(shown[:-1].splitlines()) == sorted(lines.splitlines())
+    for name, value in EXTRAS.items():
+        setattr(optimizer, name, value)
+    assert repr(optimizer) == text
 
 
 def test_by_keyword_only(row: Row) -> None:
