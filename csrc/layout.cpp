@@ -6,6 +6,24 @@
 
 namespace fastsgd {
 
+// A stream that is laid out as most are. One that is written counts twice, as it is read too; but
+// for the gradient, all usually are.
+int Layout::most_usual(int streams) const {
+  int best = kParam, most = 0;
+  for (int s = 0; s < streams; ++s) {
+    int alike = 0;
+    for (int t = 0; t < streams; ++t) {
+      bool same = true;
+      for (int d = 0; d < dims; ++d) same &= stride[d][s] == stride[d][t];
+      if (same) alike += t == kGrad ? 1 : 2;
+    }
+    if (alike <= most) continue;
+    most = alike;
+    best = s;
+  }
+  return best;
+}
+
 void Layout::simplify(int streams) {
   int kept = 0;
   for (int d = 0; d < dims; ++d) {
@@ -15,9 +33,10 @@ void Layout::simplify(int streams) {
     ++kept;
   }
   dims = kept;
+  const int by = most_usual(streams);
   // Insertion sort: there are few dimensions, nearly always in order, and equal ones must stay so.
   for (int d = 1; d < dims; ++d) {
-    for (int e = d; e > 0 && stride[e - 1][kParam] < stride[e][kParam]; --e) {
+    for (int e = d; e > 0 && stride[e - 1][by] < stride[e][by]; --e) {
       std::swap(size[e - 1], size[e]);
       std::swap_ranges(stride[e - 1], stride[e - 1] + streams, stride[e]);
     }

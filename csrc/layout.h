@@ -9,14 +9,14 @@ namespace fastsgd {
 
 inline constexpr int kMaxDims = 16;
 
-// Dimensions from the outermost to the innermost in the parameter's memory, those of size 1 left
-// out and neighbours joined where every stream allows it. Strides are in elements.
+// Dimensions from the outermost to the innermost in one stream's memory, those of size 1 left out
+// and neighbours joined where every stream allows it. Strides are in elements.
 struct Layout {
   int dims = 0;
   std::int64_t size[kMaxDims];
   std::int64_t stride[kMaxDims][kMaxStreams];
 
-  // Orders and joins `dims` dimensions as they stand.
+  // Orders by the memory of most streams, and joins, `dims` dimensions as they stand.
   void simplify(int streams);
   // Whether the order of the layout is that of the stream's memory, without gaps.
   bool flat(int stream) const;
@@ -25,6 +25,9 @@ struct Layout {
   bool injective(int stream) const;
   // How many elements lie between the first and the last that `stream` reaches, both counted.
   std::int64_t extent(int stream) const;
+
+ private:
+  int most_usual(int streams) const;
 };
 
 }  // namespace fastsgd
