@@ -49,8 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cubin")
 
 
-# A multiprocessor has 65,536; so many leave room for three blocks of 256 threads.
-REGISTERS_FOR_THREE = 85
+# A multiprocessor has 65,536; so many leave room for four blocks of 256 threads.
+REGISTERS_FOR_FOUR = 64
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -70,7 +70,7 @@ def test_no_register_is_spilled(architecture: str, folder: Path) -> None:
     plain = re.compile(r"4stepI.*Li\dEf.*Lb0ELb0E")
     steps = {name: int(n) for name, n in registers.items() if plain.search(name)}
     assert len(steps) >= 9
-    assert max(steps.values()) <= REGISTERS_FOR_THREE, steps
+    assert max(steps.values()) <= REGISTERS_FOR_FOUR, steps
 
 
 def disassembler() -> str | None:

@@ -177,10 +177,9 @@ FASTSGD_LANE double steps_of(const Item& item) {
   return *reinterpret_cast<const float*>(item.counter);
 }
 
-// After this one, as the counter will say: a float32 stays at 2^24.
-FASTSGD_LANE double steps_after(const Item& item) {
-  const double steps = steps_of(item) + 1;
-  return item.counter_is_double ? steps : static_cast<double>(static_cast<float>(steps));
+// After one more, as the counter will say: a float32 stays at 2^24.
+FASTSGD_LANE double steps_after(const Item& item, double steps) {
+  return item.counter_is_double ? steps + 1 : static_cast<double>(static_cast<float>(steps + 1));
 }
 
 FASTSGD_LANE void count_step(const Item& item) {

@@ -8,6 +8,11 @@ namespace {
 
 // So many blocks share a processor at least: without a number nvcc spills to fit more.
 constexpr int kBlocks = 2;
+// Of steps: where they lie flat and nothing is done around the rule, four leave 64 registers to a
+// thread, which are enough but for float64, and for many packs of halves, of eight elements each.
+template <class T, int kStates, bool kMore>
+constexpr int kStepBlocks =
+    kMore || sizeof(T) == 8 || (sizeof(T) == 2 && kStates > 2) ? kBlocks : 4;
 // Threads that do one thing at a time.
 constexpr int kWarp = 32;
 
@@ -46,7 +51,9 @@ __device__ void run_and_count(const B& block, const Tables& tables, int thread) 
 }
 
 template <class R, int kStructure, class T, class A, bool kLaidOut, bool kAround>
-__global__ void __launch_bounds__(kThreads, kBlocks) step(const __grid_constant__ A arguments) {
+__global__ void __launch_bounds__(
+    kThreads, kStepBlocks<T, size_of(R::states(kStructure)), kLaidOut || kAround>)
+    step(const __grid_constant__ A arguments) {
   __shared__ Room<Block<R, kStructure, T, kAround>> room;
   auto& block = room.object();
   const Tables& tables = arguments.tables;

@@ -44,20 +44,24 @@ struct Block {
   // Likewise `hypers_here`.
   FASTSGD_LANE void compute(const Tables& tables, const Hypers* hypers_here, std::int64_t block) {
     const Item& item = tables.items[tables.chunks[block].item];
-    // A copy: all of it is on its way before any of it is looked at.
+    // The counter and a copy of the options: all are on their way before any is looked at.
+    const bool counts = item.counter != nullptr;
+    const double steps = counts ? steps_of(item) : 0;
     const Hypers hypers = (tables.hypers == nullptr ? hypers_here : tables.hypers)[item.hypers];
     Number numbers[sizeof(R::kHypers) / sizeof(Hyper)];
     for (int i = 0; i < static_cast<int>(sizeof(numbers) / sizeof(Number)); ++i) {
       numbers[i] = read(hypers, i);
     }
     Moment moment;
-    if (item.counter != nullptr) {
-      moment.first = steps_of(item) == 0;
-      moment.step = steps_after(item);
+    if (counts) {
+      moment.first = steps == 0;
+      moment.step = steps_after(item, steps);
     }
     scalars = R::scalars(numbers, moment).each([](double x) { return static_cast<Scalar>(x); });
-    around = around_of(tables);
-    lanes = lanes_of<Scalar>(around);
+    if constexpr (kAround) {
+      around = around_of(tables);
+      lanes = lanes_of<Scalar>(around);
+    }
     maximize = hypers.maximize;
   }
 
