@@ -42,9 +42,9 @@ struct ExactSum {
     special |= other.special;
   }
 
-  // The sum, which is not negative, as a double: the nearest, or next to it where two are about as
-  // near. Leaves the places carried.
-  FASTSGD_LANE double value() {
+  // The sum, which is not negative, times 2^shift as a double: the nearest, or next to it where two
+  // are about as near. Leaves the places carried.
+  FASTSGD_LANE double value(int shift = 0) {
     if ((special & kNan) != 0) return __builtin_nan("");
     if ((special & kInfinite) != 0) return __builtin_inf();
     int top = 0;
@@ -56,10 +56,13 @@ struct ExactSum {
     const auto digits = [this](int at) { return at < 0 ? 0 : static_cast<double>(place[at]); };
     const auto two = [&](int at) { return digits(at) * 0x1p32 + digits(at - 1); };
     const double leading = two(top) + digits(top - 2) * 0x1p-32;
-    return scaled(leading, (top - 1) * 32 - 1074);
+    const int exponent = (top - 1) * 32 - 1074 + shift;
+    return exponent < kFarBelow ? 0 : scaled(leading, exponent);
   }
 
  private:
+  static constexpr int kFarBelow = -1900;  // 2^96 times that power of 2 is nearer to 0
+
   // x * 2^exponent, in two steps as a factor may be no number.
   FASTSGD_LANE static double scaled(double x, int exponent) {
     const int half = exponent / 2;

@@ -19,6 +19,7 @@ inline constexpr int kMeasureLanes = 16;  // whose sums are added up at the end,
 // scaled by a power of 2.
 enum class Scaled : std::uint8_t { kNot, kDown, kUp };
 inline constexpr double kScaledDown = 0x1p-600, kScaledUp = 0x1p600;
+inline constexpr int kSquaresDown = -1200;  // the power of 2 by which squares are, then
 // Below this a sum of squares may have lost digits of them.
 inline constexpr double kSmallSquares = 0x1p-900;
 
@@ -66,8 +67,9 @@ struct Measured {
   // The root of the sum of squares.
   FASTSGD_LANE double root() {
     const double sum = squares.value(), large = scaled_down.value(), small = scaled_up.value();
-    if (large > 0) {
-      return lane::sqrt(large + sum * kScaledDown * kScaledDown) / kScaledDown;
+    const bool overflows = sum - sum != 0 && squares.special == 0;  // though no piece does
+    if (large > 0 || overflows) {
+      return lane::sqrt(large + squares.value(kSquaresDown)) / kScaledDown;
     }
     if (sum < kSmallSquares) {
       return lane::sqrt(small + sum * kScaledUp * kScaledUp) / kScaledUp;

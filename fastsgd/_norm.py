@@ -64,17 +64,24 @@ def _shard_of(tensor: Any) -> tuple[tuple[Any, tuple[int, ...]], Tensor]:
 
 
 def _joined(parts: list[Tensor], norm_type: float) -> Tensor:
-    norm: Tensor = parts[0]
-    if len(parts) > 1:
-        norms = torch.stack(parts)
-        norm = torch.linalg.vector_norm(norms, norm_type)
-        # Where squares leave the range of float64.
-        greatest = norms.max()
-        scale = greatest.clamp_min(torch.finfo(torch.float64).tiny)
-        scaled = torch.linalg.vector_norm(norms / scale, norm_type) * scale
-        leaves = (greatest < 1e-140) | ((greatest > 1e140) & greatest.isfinite())
-        norm = torch.where(leaves, scaled, norm)
-    return norm
+    return parts[0] if len(parts) == 1 else _norm_of_values(torch.stack(parts), norm_type)
+
+
+def _norm_of_values(values: Tensor, norm_type: float) -> Tensor:
+    """Return the norm of a tensor's elements in float64, also where squares leave its range."""
+    norm: Tensor = torch.linalg.vector_norm(values, norm_type, dtype=torch.float64)
+    if math.isinf(norm_type) or values.dtype != torch.float64:
+        return norm
+    greatest = torch.linalg.vector_norm(values, math.inf)
+    scale = greatest.clamp_min(torch.finfo(torch.float64).tiny)
+    scaled = torch.linalg.vector_norm(values / scale, norm_type) * scale
+    leaves = (greatest < 1e-140) | ((greatest > 1e140) & greatest.isfinite())
+    return torch.where(leaves, scaled, norm)
+
+
+def _magnitudes(values: Tensor) -> Tensor:
+    """Return those of complex numbers, none of which overflows in float32."""
+    return values.to(torch.complex128).abs()
 
 
 def _plain(tensor: Tensor, infinity: bool) -> Tensor:
@@ -85,7 +92,7 @@ def _plain(tensor: Tensor, infinity: bool) -> Tensor:
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
     if tensor.is_complex():
-        tensor = tensor.abs() if infinity else torch.view_as_real(tensor.resolve_conj())
+        tensor = _magnitudes(tensor) if infinity else torch.view_as_real(tensor.resolve_conj())
     return tensor.resolve_neg().contiguous()
 
 
@@ -93,11 +100,10 @@ def _norm(tensor: Tensor, norm_type: float) -> Tensor:
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
     if tensor.is_complex():
-        tensor = tensor.abs()
+        tensor = _magnitudes(tensor)
     if tensor.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=tensor.device)
-    norm: Tensor = torch.linalg.vector_norm(tensor, norm_type, dtype=torch.float64)
-    return norm
+    return _norm_of_values(tensor, norm_type)
 
 
 def _norm_over_mesh(norm: Tensor, norm_type: float, mesh: Any, dims: tuple[int, ...]) -> Tensor:
@@ -111,14 +117,23 @@ def _norm_over_mesh(norm: Tensor, norm_type: float, mesh: Any, dims: tuple[int, 
         _reduce(found, torch.distributed.ReduceOp.MAX, mesh, dims)
         greatest, any_nan = found.unbind()
         return greatest.masked_fill(any_nan > 0, torch.nan)
-    squares = norm.square()
+    # Scaled by powers of 2 as well, for where squares leave the range of float64.
+    scales = torch.tensor([1.0, 2.0**-600, 2.0**600], dtype=norm.dtype, device=norm.device)
+    squares = (norm * scales).square()
     _reduce(squares, torch.distributed.ReduceOp.SUM, mesh, dims)
-    return squares.sqrt()
+    as_is, down, up = squares.sqrt() / scales
+    small = squares[0] < 2.0**-900
+    return torch.where(squares[0].isinf(), down, torch.where(small, up, as_is))
 
 
 def _reduce(values: Tensor, how: Any, mesh: Any, dims: tuple[int, ...]) -> None:
     for dim in dims:
         torch.distributed.all_reduce(values, how, group=mesh.get_group(dim))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    values = tensor.coalesce().values() if tensor.is_sparse else tensor
+    return bool(values.isfinite().all())
 
 
 class Found:
@@ -152,6 +167,10 @@ class Found:
             parts.insert(0, torch.tensor(self.value, dtype=torch.float64, device="cpu"))
         first = next(param.grad for param in self.params if param.grad is not None)
         return _joined([part.to(first.device) for part in parts], self.norm_type)
+
+    def is_finite(self) -> bool:
+        """Whether all elements are, though their squares may not be."""
+        return math.isfinite(self.value) and all(_is_finite(grad) for grad in self.others)
 
     def is_unknown(self, norm: Tensor) -> bool:
         """Whether their norm has no value: they are on meta, or a mode makes it a fake tensor."""

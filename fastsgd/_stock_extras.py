@@ -85,10 +85,10 @@ def _factor(optimizer: WithAverages, scale: Tensor | None) -> float | None:
         # Or others are to ask, too.
         alone = not any(hasattr(grad, "device_mesh") for grad in found.others)
         if not finite and optimizer.skip_nonfinite and alone:  # squares may be beyond float64
-            finite = bool(_norm.Found(params, math.inf).norm().isfinite())
+            finite = _norm.Found(params, math.inf).is_finite()
         norm = norm.to(found.dtype)
         _C.note(optimizer, norm, optimizer.skip_nonfinite and not finite)
-        if optimizer.error_if_nonfinite:
+        if optimizer.error_if_nonfinite and not unknown:
             _norm.raise_if_nonfinite(norm, optimizer.norm_type)
         if optimizer.skip_nonfinite and not finite:
             return None

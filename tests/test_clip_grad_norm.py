@@ -208,3 +208,30 @@ def test_parts_beyond_the_range_of_squares(size: float) -> None:
     factor = min(1.0, 1 / (math.sqrt(8) * size + 1e-6))
     for p in params:
         torch.testing.assert_close(p.grad / size, torch.full_like(p, factor), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e200, 0.9e154, 1e152, 1.0, 1e-200])
+@pytest.mark.parametrize("kind", [Tensor, Own], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("count", [2, 8192 * 10])
+def test_sums_beyond_the_range_of_squares(count: int, kind: Any, size: float) -> None:
+    """Also where the squares of each tensor, or of each piece, are within it, and not of all."""
+    params = [torch.zeros(count, dtype=torch.float64).as_subclass(kind) for _ in range(4)]
+    for p in params:
+        p.requires_grad_().grad = torch.full((count,), size, dtype=torch.float64).as_subclass(kind)
+    norm = math.sqrt(4 * count)
+    told = fastsgd.clip_grad_norm_(params, 1.0)
+    torch.testing.assert_close(float(told) / size, norm, rtol=3e-14, atol=0)
+    clipped = min(1.0, 1 / (norm * size + 1e-6))
+    torch.testing.assert_close(float(params[3].grad[1]) / size, clipped, rtol=1e-12, atol=0)
+
+
+def test_magnitudes_of_complex_numbers() -> None:
+    """They are told in float64 where another gradient is, and may be beyond float32."""
+    params = [torch.zeros(3, dtype=t).requires_grad_() for t in (torch.complex64, torch.float64)]
+    params[0].grad = torch.tensor([1.1 + 2.3j, 0, 3e38 + 3e38j], dtype=torch.complex64)
+    params[1].grad = torch.zeros(3, dtype=torch.float64)
+    told = fastsgd.clip_grad_norm_(params, INF, INF)
+    assert float(told) == abs(complex(params[0].grad[2]))
+    params[0].grad[2] = 0
+    told = fastsgd.clip_grad_norm_(params, INF, INF)
+    torch.testing.assert_close(float(told), abs(complex(params[0].grad[0])), rtol=3e-16, atol=0)

@@ -12,6 +12,8 @@ from oracle import all_params, assert_equal
 from snapshot import Snapshot
 from twins import parameters, random_grad
 
+import fastsgd
+
 # A NaN or infinity where the loops over registers, and the tails after them, may miss it.
 PLACES = [(0, 0), (0, 256), (1, 7), (2, 0), (3, 1024)]
 
@@ -72,6 +74,20 @@ def test_finite_grads_of_an_infinite_norm_in_torch(row: Row, bad: float | None) 
     assert optimizer.skipped_steps == (bad is not None)
     if bad is not None:
         assert_equal(p.detach().as_subclass(torch.Tensor), values)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, INF])
+def test_finite_grads_of_an_infinite_norm_that_are_complex(norm_type: float) -> None:
+    """Where a magnitude is beyond its dtype, and neither of the two numbers is."""
+    for dtype, size in ((torch.complex64, 3e38), (torch.complex128, 1.6e308)):
+        p = torch.zeros(3, dtype=dtype).requires_grad_()
+        p.grad = torch.full_like(p, complex(size, size)).detach()
+        optimizer = fastsgd.SGD([p], lr=1e-3, skip_nonfinite=True, norm_type=norm_type)
+        optimizer.step()
+        assert optimizer.skipped_steps == 0 and bool(p.detach().all())
+        p.grad[1] = complex(0, NAN)
+        optimizer.step()
+        assert optimizer.skipped_steps == 1
 
 
 @pytest.mark.parametrize("unscale", [False, True])
