@@ -5,6 +5,8 @@
 
 #include <cstring>
 
+#include "pycall.h"
+
 namespace fastsgd {
 namespace {
 
@@ -13,6 +15,21 @@ constexpr std::size_t kMaxSpecs = 1 << 16;
 
 PyObject* attribute(PyObject* object, const char* name) {
   return checked(PyObject_GetAttrString(object, name));
+}
+
+// A copy that says nothing of a dtype, which is the shards' own: an average may have another.
+Ref without_dtype(PyObject* spec) {
+  static auto& copy = *new PyCall("copy", "copy");
+  Ref bare = copy(spec);
+  const Ref meta = Ref::steal(attribute(spec, "tensor_meta"));
+  if (meta.get() == Py_None) return bare;
+  const Ref replace = Ref::steal(attribute(meta.get(), "_replace"));
+  const Ref none = Ref::steal(checked(Py_BuildValue("{s:O}", "dtype", Py_None)));
+  const Ref arguments = Ref::steal(checked(PyTuple_New(0)));
+  const Ref changed =
+      Ref::steal(checked(PyObject_Call(replace.get(), arguments.get(), none.get())));
+  if (PyObject_SetAttrString(bare.get(), "tensor_meta", changed.get()) != 0) throw python_error();
+  return bare;
 }
 
 }  // namespace
@@ -71,9 +88,16 @@ int Shards::classify(PyObject* spec) {
     if (is_true(partial.get())) return kMixed;
   }
   if (!kind_of_equal_) kind_of_equal_ = Ref::steal(checked(PyDict_New()));
-  const Ref next = Ref::steal(checked(PyLong_FromSsize_t(PyDict_Size(kind_of_equal_.get()))));
-  return static_cast<int>(
-      PyLong_AsLong(checked(PyDict_SetDefault(kind_of_equal_.get(), spec, next.get()))));
+  PyObject* kinds = kind_of_equal_.get();
+  Ref kind = Ref::borrow(PyDict_GetItemWithError(kinds, spec));
+  if (PyErr_Occurred()) throw python_error();
+  if (!kind) {
+    const Ref bare = without_dtype(spec);
+    const Ref next = Ref::steal(checked(PyLong_FromSsize_t(PyDict_Size(kinds))));
+    kind = Ref::borrow(checked(PyDict_SetDefault(kinds, bare.get(), next.get())));
+    if (PyDict_SetItem(kinds, spec, kind.get()) != 0) throw python_error();
+  }
+  return static_cast<int>(PyLong_AsLong(kind.get()));
 }
 
 void Shards::answer() {

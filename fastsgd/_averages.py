@@ -16,6 +16,7 @@ from fastsgd._extras import (
     WithExtras,
     inside_ema_weights,
     of_the_optimizer_within,
+    refuse_in_group,
     refuse_inside_ema_weights,
 )
 
@@ -83,12 +84,32 @@ class WithAverages(WithExtras):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         loaded: dict[str, Any] = {}
-        # The last of the hooks, and so it sees what is loaded in the end.
-        hook = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
+        own = self.__dict__
+
+        def take(_: Optimizer) -> None:
+            if own.get("_loading") is loaded:  # else it is one that an interrupt has left behind
+                self._take_averages(loaded)
+
+        outer = own.get("_loading")
+        own["_loading"] = loaded
+        # The last of the hooks before, and so it sees what is loaded in the end; and the first of
+        # those after, which see all of it.
+        before = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
+        after = self.register_load_state_dict_post_hook(take, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
-            hook.remove()
+            if outer is None:
+                own.pop("_loading", None)
+            else:
+                own["_loading"] = outer
+            before.remove()
+            after.remove()
+
+    def _take_averages(self, loaded: dict[str, Any]) -> None:
+        """Take from what torch has loaded what is ours."""
+        for group in self.param_groups:
+            refuse_in_group(group)
         steps = [
             _checked_steps(group.pop("ema_steps"))
             for group in self.param_groups
@@ -217,10 +238,10 @@ def averages_of(optimizer: Optimizer) -> int:
 
 
 def _checked_steps(value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(
-            f"Invalid ema_steps: {value!r}. It is how many averages there were. Is the checkpoint "
-            "corrupt?"
-        ) from None
+    steps = operator.index(value) if hasattr(value, "__index__") else -1
+    if 0 <= steps < 1 << 53:
+        return steps
+    raise ValueError(
+        f"Invalid ema_steps: {value!r}. It is how many averages there were. Is the checkpoint "
+        "corrupt?"
+    )

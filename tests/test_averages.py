@@ -341,6 +341,36 @@ def test_hooks_of_checkpoints(row: Row) -> None:
     assert_equal(other.state_dict(), plain)
 
 
+@pytest.mark.parametrize("wide", [None, torch.float32], ids=str)
+def test_hooks_after_loading(row: Row, wide: Any) -> None:
+    """They see averages and their number as loaded: copies, steps and ``ema_weights`` are right."""
+    options = {**row.rich, "ema_decay": 0.9, "ema_dtype": wide}
+    optimizer = row.ours(all_dtypes((33,), (5,))(), **options)
+    run(optimizer, None, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = row.ours(copy.deepcopy(all_params(optimizer)), **options)
+    seen: list[Any] = []
+
+    def look(o: Any) -> None:
+        with o.ema_weights():
+            seen.append(copies(all_params(o)))
+        seen.append(copy.deepcopy(o))
+        seen.append(copy.deepcopy(o.state_dict()))
+
+    other.register_load_state_dict_post_hook(look)
+    other.load_state_dict(saved)
+    weights, copied, again = seen
+    assert_equal(again, saved)
+    assert_equal(copied.state_dict(), saved)
+    assert not any("ema_steps" in group for group in copied.param_groups)
+    with optimizer.ema_weights():
+        assert_equal(weights, copies(all_params(optimizer)))
+    for each in (other, copied, optimizer):
+        run(each, None, 2)
+    assert_equal(other.state_dict(), optimizer.state_dict())
+    assert_equal(copied.state_dict(), optimizer.state_dict())
+
+
 def test_group_added_later(row: Row) -> None:
     """Its parameters start from their values, at the count that the others have reached."""
     optimizer = row.ours(parameters((33, 5), (257,))(), **row.rich, ema_decay=warming)

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn import Parameter
 
 import fastsgd
+from fastsgd import _C
 from fastsgd._exchange import Exchange
 
 DECAY = 0.75
@@ -104,6 +105,49 @@ def train_shards(order: str, skips: bool) -> None:
 def test_shards(tmp_path: Path, norm_type: float, skips: bool) -> None:
     """FSDP2: the norm of all shards clips each, and is told in each process."""
     workers.run(train_shards, tmp_path, str(norm_type), skips)
+
+
+def beyond_squares() -> None:
+    """Worker: gradients whose squares float64 does not hold."""
+    mesh = init_device_mesh("cpu", (2,))
+    for size in (1e200, 1.3e154, 1e-200):
+        p = Parameter(distribute_tensor(torch.zeros(4, dtype=torch.float64), mesh, [Shard(0)]))
+        grad = torch.full((4,), size, dtype=torch.float64)
+        p.grad = distribute_tensor(grad, mesh, [Shard(0)])
+        optimizer = fastsgd.SGD([p], lr=1.0, skip_nonfinite=True)
+        optimizer.step()
+        assert optimizer.skipped_steps == 0
+        torch.testing.assert_close(optimizer.grad_norm.item() / size, 2.0, rtol=3e-14, atol=0)
+
+
+def test_beyond_squares(tmp_path: Path) -> None:
+    """They have a norm, and are finite."""
+    workers.run(beyond_squares, tmp_path)
+
+
+def wide_averages() -> None:
+    """Worker: averages in float32 of shards in bfloat16, and of plain parameters beside them."""
+    mesh = init_device_mesh("cpu", (2,))
+    with each_row() as rows:
+        for row in rows:
+            torch.manual_seed(5)
+            begins, grads = (torch.randn(2, 8, 5).bfloat16() for _ in range(2))
+            sides = []
+            for place in (lambda t: distribute_tensor(t, mesh, [Shard(0)]), torch.clone):
+                params = [Parameter(place(t)) for t in begins]
+                options = {**row.rich, "ema_decay": DECAY, "ema_dtype": torch.float32}
+                optimizer = row.ours(params, **options)
+                for _ in range(3):
+                    for p, grad in zip(params, grads, strict=True):
+                        p.grad = place(grad)
+                    assert _C.step(optimizer)  # in the kernels, all of it
+                sides.append([[full(p.detach()), full(optimizer.state[p]["ema"])] for p in params])
+            assert_equal(*sides)
+
+
+def test_wide_averages(tmp_path: Path) -> None:
+    """They are stepped as plain parameters are."""
+    workers.run(wide_averages, tmp_path)
 
 
 def clip_placements() -> None:

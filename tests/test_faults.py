@@ -532,6 +532,14 @@ def steps_not_whole(saved: dict[str, Any]) -> None:
     saved["param_groups"][0]["ema_steps"] = float("nan")
 
 
+def steps_before_the_first(saved: dict[str, Any]) -> None:
+    saved["param_groups"][0]["ema_steps"] = -1
+
+
+def steps_beyond_counting(saved: dict[str, Any]) -> None:
+    saved["param_groups"][1]["ema_steps"] = 10**30
+
+
 def without_states(saved: dict[str, Any]) -> None:
     del saved["state"]
 
@@ -543,6 +551,8 @@ def without_a_parameter(saved: dict[str, Any]) -> None:
 CORRUPTIONS: list[Corrupt] = [
     steps_of_text,
     steps_not_whole,
+    steps_before_the_first,
+    steps_beyond_counting,
     without_states,
     without_a_parameter,
 ]
