@@ -61,7 +61,7 @@ struct ExactSum {
   }
 
  private:
-  static constexpr int kFarBelow = -1900;  // 2^96 times that power of 2 is nearer to 0
+  static constexpr int kFarBelow = -1900;  // 2^96 times such a power of 2 is no double but 0
 
   // x * 2^exponent, in two steps as a factor may be no number.
   FASTSGD_LANE static double scaled(double x, int exponent) {

@@ -67,10 +67,16 @@ void ExtrasReader::read_dict(PyObject* dict) {
 }
 
 void ExtrasReader::refuse_in(PyObject* group) {
-  for (DictKey* key : {&max_norm_, &order_, &raises_, &bound_, &skips_, &decay_, &wide_, &clear_}) {
-    if (key->in(group) == nullptr) continue;
-    static auto& refuse = *new PyCall("fastsgd._extras", "refuse_in_group");
-    refuse(group);
+  const DictKey* const options[] = {&max_norm_, &order_, &raises_, &bound_,
+                                    &skips_,    &decay_, &wide_,   &clear_};
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(group, &position, &key, &value)) {
+    for (const DictKey* option : options) {
+      if (!option->is(key)) continue;
+      static auto& raise = *new PyCall("fastsgd._extras", "raise_in_group");
+      raise(option->name());
+    }
   }
 }
 

@@ -9,8 +9,9 @@ namespace fastsgd {
 
 inline constexpr int kMaxDims = 16;
 
-// Dimensions from the outermost to the innermost in one stream's memory, those of size 1 left out
-// and neighbours joined where every stream allows it. Strides are in elements.
+// Dimensions from the outermost to the innermost in the memory of one stream, which most lie like;
+// those of size 1 are left out, and neighbours joined where every stream allows it. Strides are in
+// elements.
 struct Layout {
   int dims = 0;
   std::int64_t size[kMaxDims];

@@ -35,8 +35,8 @@ at::Tensor clip_there(PyObject* list, double max_norm, bool infinity, bool raise
 // Exchanges what each parameter holds with what its average does, on any device.
 Left exchange_all(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>& averages);
 
-// Where the tensors of a list lie, each device once. No class of tensors is asked, but for those
-// that say so themselves.
+// Where the tensors of a list lie, each device once. Python code runs only for those whose class
+// says where they lie.
 std::vector<c10::Device> devices_of(PyObject* list);
 
 }  // namespace fastsgd

@@ -60,7 +60,7 @@ bool read_flag(PyObject* object, bool& value) {
   return true;
 }
 
-OptionReader::OptionReader(const Rule& rule, ExtrasReader& extras) : rule_(rule), extras_(extras) {
+OptionReader::OptionReader(const Rule& rule) : rule_(rule) {
   for (int i = 0; i < rule.hyper_count; ++i) hyper_keys_.emplace_back(rule.hypers[i].name);
 }
 
@@ -118,15 +118,12 @@ OptionReader::Read OptionReader::read_number(PyObject* object, Hyper::Kind kind,
 }
 
 const GroupOptions& OptionReader::read(PyObject* group, std::size_t number) {
+  if (knows(group, number)) return seen_[number].options;
   if (number >= seen_.size()) seen_.resize(number + 1);
   GroupSeen& seen = seen_[number];
   GroupOptions& options = seen.options;
   const std::uint64_t version = version_of(group);
-  if (version != 0 && version == seen.version) return options;
   seen.version = 0;
-  const Py_ssize_t keys = PyDict_Size(group);
-  if (group != seen.group || keys != seen.keys) extras_.refuse_in(group);
-  seen.keys = keys;
   options = {};
   options.params = params_.needed_in(group);
   seen.group = group;

@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "alias.h"
-#include "extras.h"
 #include "prefetch.h"
 #include "pydict.h"
 #include "rule.h"
@@ -56,8 +55,7 @@ struct Scaling {
 // and each value for as long as the object is.
 class OptionReader {
  public:
-  // `extras`: knows what is an option of the optimizer, and so of none of its groups.
-  OptionReader(const Rule& rule, ExtrasReader& extras);
+  explicit OptionReader(const Rule& rule);
 
   // Forgets what the last walk has read.
   void begin() { tensors_.clear(); }
@@ -72,8 +70,12 @@ class OptionReader {
     prefetch<sizeof(PyListObject)>(seen.options.params);
     prefetch(seen.items);
   }
-  // The options of a group; good until the next is read. Throws where it has one of the
-  // optimizer's.
+  // Whether a group is as it was when it was read.
+  bool knows(PyObject* group, std::size_t number) const {
+    const std::uint64_t version = version_of(group);
+    return version != 0 && number < seen_.size() && seen_[number].version == version;
+  }
+  // The options of a group; good until the next is read.
   const GroupOptions& read(PyObject* group, std::size_t number);
   Scaling read_scaling(PyObject* attributes);
 
@@ -89,7 +91,6 @@ class OptionReader {
   struct GroupSeen {
     const void *group = nullptr, *items = nullptr;  // its dict, and what its list points to
     std::uint64_t version = 0;  // of the dict; 0 where a value is in an object that can change
-    Py_ssize_t keys = 0;        // so many were looked at
     GroupOptions options;
     std::vector<Seen> hypers;
   };
@@ -98,7 +99,6 @@ class OptionReader {
   Read read_number(PyObject* object, Hyper::Kind kind, Seen& seen, Number& number);
 
   const Rule& rule_;
-  ExtrasReader& extras_;
   DictKey params_{"params"}, maximize_{"maximize"}, differentiable_{"differentiable"},
       grad_scale_{"grad_scale"}, found_inf_{"found_inf"};
   std::vector<DictKey> hyper_keys_;

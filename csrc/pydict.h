@@ -72,6 +72,9 @@ class DictKey {
   explicit DictKey(const char* name);
   PyObject* name() const { return name_.get(); }
 
+  // Whether another dictionary's key is this one.
+  bool is(PyObject* key) const { return key == name_.get() || equals(key); }
+
   // The value, borrowed; null if there is none.
   PyObject* in(PyObject* dict) {
     Py_ssize_t position = position_;

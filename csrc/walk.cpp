@@ -51,7 +51,7 @@ Walker::Walker(int rule, Foreign foreign, Findings& findings)
       findings_(findings),
       rule_(rule_at(rule)),
       rule_number_(rule),
-      options_(rule_, extras_reader_),
+      options_(rule_),
       states_(rule_),
       fill_(rule_.fill == nullptr ? "" : rule_.fill) {}
 
@@ -74,7 +74,9 @@ bool Walker::plan_groups(PyObject* groups) {
     options_.fetch(static_cast<std::size_t>(g) + kAhead);
     PyObject* dict = PyList_GET_ITEM(groups, g);
     if (!exact_dict(dict)) return false;
-    const GroupOptions& options = options_.read(dict, static_cast<std::size_t>(g));
+    const auto index = static_cast<std::size_t>(g);
+    if (!options_.knows(dict, index)) extras_reader_.refuse_in(dict);
+    const GroupOptions& options = options_.read(dict, index);
     const int averaged = extras_->averages ? kMaxStructures : 0;
     Group group{dict, g, options, options.structure + averaged};
     if (!PyList_CheckExact(group.options.params)) return false;

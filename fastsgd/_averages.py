@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from fastsgd._exchange import Exchange
 from fastsgd._extras import (
@@ -35,37 +37,51 @@ class WithAverages(WithExtras):
     def state_dict(self) -> dict[str, Any]:
         """Return torch's; the number of averages so far is the groups' key ``ema_steps``."""
         refuse_inside_ema_weights(self, "state_dict()")
-        self._register_add_steps()  # whatever class it was made of
+        self._register_hooks()  # whatever class it was made of
         return super().state_dict()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Make torch's optimizer; its state dicts will have the number of averages."""
+        """Make torch's optimizer; its checkpoints will have the averages."""
         super().__init__(*args, **kwargs)
-        self._register_add_steps()
+        self._register_hooks()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take torch's state, in which there are no hooks; ours is added again."""
+        """Take torch's state, in which there are no hooks; ours are added again."""
         super().__setstate__(state)
-        self._register_add_steps()
+        self._register_hooks()
 
-    def _register_add_steps(self) -> None:
-        # A hook, before all others: they see it, and may make something else of the whole.
-        if add_steps not in self._optimizer_state_dict_post_hooks.values():
-            self.register_state_dict_post_hook(add_steps, prepend=True)
+    def _register_hooks(self) -> None:
+        # Of those after, ours come first: others see what they do, and may make something else of
+        # it. Of those before, last: it sees what is loaded in the end.
+        _put(add_steps, self._optimizer_state_dict_post_hooks, self.register_state_dict_post_hook)
+        _put(
+            take_averages,
+            self._optimizer_load_state_dict_post_hooks,
+            self.register_load_state_dict_post_hook,
+        )
+        _put(
+            note_loaded,
+            self._optimizer_load_state_dict_pre_hooks,
+            self.register_load_state_dict_pre_hook,
+            last=True,
+        )
 
     @of_the_optimizer_within
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of torch's or of ours. One that raises is not loaded at all."""
         refuse_inside_ema_weights(self, "load_state_dict()")
+        self._register_hooks()
         own = self.__dict__
         kept = ("state", "param_groups", "_ema_steps")
         before: dict[str, Any] = {key: own[key] for key in kept if key in own}
         try:
-            self._load(state_dict)
+            super().load_state_dict(state_dict)
         except BaseException:
             own.pop("_ema_steps", None)
             own.update(before)  # torch makes new ones, and leaves these as they are
             raise
+        finally:
+            own.pop("_loading", None)
 
     def _before_setting(self, name: str, value: Any) -> None:
         """Have the averages that there are in the dtype that they are to be kept in."""
@@ -81,30 +97,6 @@ class WithAverages(WithExtras):
             ]
         for own, average in averages:
             own["ema"] = average
-
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        loaded: dict[str, Any] = {}
-        own = self.__dict__
-
-        def take(_: Optimizer) -> None:
-            if own.get("_loading") is loaded:  # else it is one that an interrupt has left behind
-                self._take_averages(loaded)
-
-        outer = own.get("_loading")
-        own["_loading"] = loaded
-        # The last of the hooks before, and so it sees what is loaded in the end; and the first of
-        # those after, which see all of it.
-        before = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
-        after = self.register_load_state_dict_post_hook(take, prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            if outer is None:
-                own.pop("_loading", None)
-            else:
-                own["_loading"] = outer
-            before.remove()
-            after.remove()
 
     def _take_averages(self, loaded: dict[str, Any]) -> None:
         """Take from what torch has loaded what is ours."""
@@ -218,6 +210,38 @@ def _states_of_params(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
     }
 
 
+def _put(
+    hook: Callable[..., None],
+    hooks: OrderedDict[int, Any],
+    register: Callable[..., RemovableHandle],
+    last: bool = False,
+) -> None:
+    """Have a hook be the first of all, or the last.
+
+    One that is there stays as it is: torch may be going over them just now.
+    """
+    ends = reversed(hooks.values()) if last else iter(hooks.values())
+    if next(ends, None) is hook:
+        return
+    key = next((key for key, value in hooks.items() if value is hook), None)
+    if key is None:
+        register(hook, prepend=not last)
+    else:
+        hooks.move_to_end(key, last=last)
+
+
+def note_loaded(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Note what is loaded, as torch takes averages in the parameter's dtype."""
+    optimizer.__dict__["_loading"] = dict(state_dict)
+
+
+def take_averages(optimizer: Optimizer) -> None:
+    """Take from what torch has loaded what is ours."""
+    loaded = optimizer.__dict__.pop("_loading", None)
+    if loaded is not None and isinstance(optimizer, WithAverages):
+        optimizer._take_averages(loaded)
+
+
 def add_steps(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Enter the number of averages, if they are counted, into the groups of a state dict.
 
@@ -238,7 +262,10 @@ def averages_of(optimizer: Optimizer) -> int:
 
 
 def _checked_steps(value: Any) -> int:
-    steps = operator.index(value) if hasattr(value, "__index__") else -1
+    try:
+        steps = operator.index(value)
+    except TypeError:  # which one of a float tensor raises, too
+        steps = -1
     if 0 <= steps < 1 << 53:
         return steps
     raise ValueError(

@@ -11,7 +11,17 @@ import inspect
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypedDict, TypeVar, overload
+from typing import (
+    Any,
+    Concatenate,
+    Generic,
+    Literal,
+    NoReturn,
+    ParamSpec,
+    TypedDict,
+    TypeVar,
+    overload,
+)
 
 import torch
 from torch.optim.optimizer import Optimizer
@@ -182,11 +192,16 @@ def refuse_in_group(group: Any) -> None:
     """Raise where a group has an option that is the optimizer's."""
     for name in EXTRAS:
         if isinstance(group, dict) and name in group:
-            raise ValueError(
-                f"{name} belongs to the optimizer and not to a group: take it out of the group, "
-                f"and pass it to the constructor, or set optimizer.{name}. (A "
-                "ZeroRedundancyOptimizer, which hands options to groups, cannot have it.)"
-            )
+            raise_in_group(name)
+
+
+def raise_in_group(name: str) -> NoReturn:
+    """Say that an option is none of a group's."""
+    raise ValueError(
+        f"{name} belongs to the optimizer and not to a group: take it out of the group, and pass "
+        f"it to the constructor, or set optimizer.{name}. (A ZeroRedundancyOptimizer, which hands "
+        "options to groups, cannot have it.)"
+    )
 
 
 MEASURING = ("max_grad_norm", "skip_nonfinite", "error_if_nonfinite")

@@ -22,16 +22,22 @@ from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
 from fastsgd import _C
 from fastsgd._averages import WithAverages
-from fastsgd._extras import (
-    DOC,
-    WithExtras,
-    any_asked,
-    signature_with_extras,
-    unwrapped,
-)
+from fastsgd._extras import DOC, WithExtras, any_asked, signature_with_extras, unwrapped
 from fastsgd._stock import Step, step_as_stock, step_in_parts
 from fastsgd._stock_extras import step_with_extras
 
+STEP_DOC = """Perform a single optimization step, and what the options of one pass do around it.
+
+Args:
+    closure (Callable, optional): A closure that reevaluates the model and returns the loss.
+
+Returns:
+    What the closure returns; None without one.
+
+Raises:
+    RuntimeError: If the norm is not finite and ``error_if_nonfinite`` is set, inside
+        ``ema_weights()``, and where torch raises one. Nothing has changed then.
+"""
 P = ParamSpec("P")
 T = TypeVar("T")
 # Of this thread: the optimizer, of a derived class, whose own step is under way.
@@ -183,6 +189,7 @@ def _make_step(stock_step: Step) -> Step:
             return None
         return stepped(self, *args, **kwargs)
 
+    step.__doc__ = STEP_DOC
     step.hooked = True  # type: ignore[attr-defined]  # keeps torch from wrapping it once more
     return step
 

@@ -81,19 +81,23 @@ def _is_ours(optimizer: Optimizer) -> bool:
 def _step_part(optimizer: Optimizer, step_as_stock: Step, params: list[list[Tensor]]) -> None:
     """Step some parameters of each group.
 
-    Torch's code is given a stand-in, of the optimizer's class and with its states. The optimizer
-    itself stays whole: another thread may save a checkpoint meanwhile. Where it is of a class of
-    somebody's own, whose code may look at more of it, its groups have only those parameters until
-    they are stepped.
+    Torch's code is given a stand-in. The optimizer itself stays whole: another thread may save a
+    checkpoint meanwhile. Where it is of a class of somebody's own, whose code may look at more of
+    it, its groups have only those parameters until they are stepped.
     """
     groups = optimizer.param_groups
     if not _is_ours(optimizer):
         with_changes(_params(groups, params), partial(step_as_stock, optimizer))
         return
     parts = [{**group, "params": part} for group, part in zip(groups, params, strict=True) if part]
-    stand_in = object.__new__(type(optimizer))
-    vars(stand_in).update(vars(optimizer), param_groups=parts)
-    step_as_stock(stand_in)
+    step_as_stock(_stand_in(optimizer, parts))
+
+
+def _stand_in(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
+    """Return one of the optimizer's class with its states, and with groups of its own."""
+    stand_in: Optimizer = object.__new__(type(optimizer))
+    vars(stand_in).update(vars(optimizer), param_groups=groups)
+    return stand_in
 
 
 def _step_the_rest(optimizer: Optimizer, step_as_stock: Step, known: Known) -> None:
@@ -112,10 +116,10 @@ def step_as_stock(optimizer: Optimizer, stock_step: Step) -> None:
     warn_of_devices(params)
     if scale is not None:
         _unscale(params, scale)
-    changes = [
-        *_flags(optimizer.param_groups),
-        *attributes(optimizer, grad_scale=None, found_inf=None),
-    ]
+    changes = _changes(optimizer)
+    if changes and _is_ours(optimizer):  # which stays as it is, for other threads
+        optimizer = _stand_in(optimizer, [dict(group) for group in optimizer.param_groups])
+        changes = _changes(optimizer)
     with_changes(changes, partial(stock_step, optimizer))
 
 
@@ -162,6 +166,14 @@ def with_changes(
         call()
     finally:
         put_back()
+
+
+def _changes(optimizer: Optimizer) -> list[Change]:
+    """Return what has torch step in its single-tensor code, gradients that are unscaled."""
+    return [
+        *_flags(optimizer.param_groups),
+        *attributes(optimizer, grad_scale=None, found_inf=None),
+    ]
 
 
 def attributes(owner: object, **values: Any) -> list[Change]:

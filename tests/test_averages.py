@@ -371,6 +371,59 @@ def test_hooks_after_loading(row: Row, wide: Any) -> None:
     assert_equal(copied.state_dict(), optimizer.state_dict())
 
 
+@pytest.mark.parametrize("wide", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_a_hook_that_loads(row: Row, when: str, wide: Any) -> None:
+    """What it loads is loaded whole, and then, before the load that called it ends, so is that."""
+    options = {**row.rich, "ema_decay": 0.9, "ema_dtype": wide}
+    saves = []
+    for steps in (2, 3):
+        optimizer = row.ours(all_dtypes((33,), (5,))(), **options)
+        run(optimizer, None, steps)
+        saves.append(copy.deepcopy(optimizer.state_dict()))
+    other = row.ours(copy.deepcopy(all_params(optimizer)), **options)
+    within: list[Any] = []
+
+    def load(o: Any, _: Any = None) -> None:
+        if not within:
+            within.append("once")
+            o.load_state_dict(saves[0])
+            within.append(copy.deepcopy(o.state_dict()))
+
+    calls: list[str] = []
+    for hook in (load, lambda *_: calls.append("after")):
+        getattr(other, f"register_load_state_dict_{when}_hook")(hook)
+    other.load_state_dict(saves[1])
+    assert_equal(within[1], saves[0])
+    assert_equal(other.state_dict(), saves[1 if when == "pre" else 0])
+    assert calls == ["after"] * 2
+    other.load_state_dict(saves[1])
+    assert_equal(other.state_dict(), saves[1])
+
+
+def test_hooks_that_come_first_and_last(row: Row) -> None:
+    """Whenever registered: ours see what is loaded in the end, and others what ours make of it."""
+    options = {**row.rich, "ema_decay": 0.9, "ema_dtype": torch.float32}
+    optimizer = row.ours(all_dtypes((33,), (5,))(), **options)
+    run(optimizer, None, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = row.ours(copy.deepcopy(all_params(optimizer)), **options)
+    seen: list[Any] = []
+
+    def note(_: Any, state_dict: dict[str, Any]) -> None:
+        seen.append(state_dict["param_groups"][0]["ema_steps"])
+
+    def look(o: Any) -> None:
+        seen.append(copy.deepcopy(o.state_dict()))
+
+    other.register_load_state_dict_pre_hook(lambda _, wrapped: wrapped["wrapped"])
+    other.register_load_state_dict_post_hook(look, prepend=True)
+    other.register_state_dict_post_hook(note, prepend=True)
+    other.load_state_dict({"wrapped": saved})
+    assert seen[0] == 3
+    assert_equal(seen[1], saved)
+
+
 def test_group_added_later(row: Row) -> None:
     """Its parameters start from their values, at the count that the others have reached."""
     optimizer = row.ours(parameters((33, 5), (257,))(), **row.rich, ema_decay=warming)

@@ -131,6 +131,27 @@ def test_not_written_into_a_group(row: Row, name: str, kind: Any) -> None:
         twins.check()
 
 
+@pytest.mark.parametrize("name", EXTRAS)
+def test_not_in_the_place_of_a_key(row: Row, name: str) -> None:
+    """A group of as many keys as before is looked at all the same."""
+    twins = Extended(row, BUILD, {}, **row.rich)
+    for optimizer in twins.sides:
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)  # adds a key
+    twins.run(2)
+    group = twins.ours.param_groups[0]
+    lr = group.pop("initial_lr")
+    group["".join([*name])] = EXTRAS[name]  # another string of the same letters
+    twins.grads()
+    snapshot = Snapshot(twins.ours)
+    with pytest.raises(ValueError, match=f"{name} belongs to the optimizer"):
+        twins.ours.step()
+    snapshot.assert_unchanged()
+    del group[name]
+    group["initial_lr"] = lr
+    twins.step()
+    twins.check()
+
+
 @pytest.mark.parametrize("name", [n for n in EXTRAS if n not in ("norm_type", "ema_dtype")])
 def test_not_where_steps_are_differentiable(row: Row, name: str) -> None:
     """With ``differentiable`` none can be set."""

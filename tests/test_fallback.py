@@ -578,12 +578,17 @@ def test_fallback_that_raises_puts_everything_back(row: Row) -> None:
 
 
 @pytest.mark.parametrize("extras", [{}, {"max_grad_norm": 1.0, "ema_decay": 0.5}], ids=str)
-def test_nobody_sees_a_part(row: Row, extras: dict[str, Any]) -> None:
-    """While torch's code steps its part, the optimizer is as it was, for whoever looks at it."""
+@pytest.mark.parametrize("alone", [False, True])
+def test_nobody_sees_a_part(row: Row, extras: dict[str, Any], alone: bool) -> None:
+    """While torch's code steps its part, or all, the optimizer looks as it did before."""
     watched = Watched(torch.randn(9))
-    params = [*parameters((33,), (5, 7))(), watched]
+    others = [Watched(torch.randn(5))] if alone else parameters((33,), (5, 7))()
+    params: list[Tensor] = [*others, watched]
     optimizer = row.ours(
-        [{"params": params[:1]}, {"params": params[1:]}], **row.rich, **row.fused, **extras
+        [{"params": params[:1]}, {"params": params[1:]}],
+        **row.rich,
+        **({"foreach": True} if alone else row.fused),
+        **extras,
     )
 
     def seen() -> Any:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import isolated
 import pytest
 import torch
 from cases import DTYPES, EXACT, HALVES, HUGE, LAYOUTS, OPTIMIZERS, SIZES, Layout, Row
@@ -570,6 +571,56 @@ def test_state_with_foreign_strides(
     (p,) = all_params(twins.ours)
     for name in row.states:
         assert twins.ours.state[p][name] is kept[name]
+
+
+@pytest.mark.parametrize("threads", [1, 3, 7])
+@pytest.mark.parametrize("across", ["grad", "grad and states"])
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+def test_long_rows_across(row: Row, dtype: torch.dtype, across: str, threads: int) -> None:
+    """Shares end within rows, and rows and columns of each plane are no multiples of a block's."""
+
+    def lay(values: Tensor) -> Tensor:
+        return values.transpose(1, 2).contiguous().transpose(1, 2)
+
+    torch.set_num_threads(threads)
+    shape = (3, 515, 1001)
+    twins = Twins(row, lambda: [Parameter(torch.randn(shape, dtype=dtype))], **row.rich).run(1)
+    for optimizer in twins.sides if across == "grad and states" else ():
+        for p in all_params(optimizer):
+            for name in row.states:
+                optimizer.state[p][name] = lay(optimizer.state[p][name])
+    for _ in range(2):
+        for p, q in twins.pairs():
+            p.grad = lay(random_grad(p))
+            q.grad = p.grad.clone()
+        twins.step()
+        twins.check()
+
+
+def test_on_a_small_stack() -> None:
+    """A thread of somebody's own may have little, and all that lies across goes over the stack."""
+    isolated.run(
+        """
+        import threading
+        import torch
+        from cases import OPTIMIZERS
+
+        def work():
+            for row in OPTIMIZERS:
+                for dtype in (torch.float32, torch.float64):
+                    p = torch.nn.Parameter(torch.randn(300, 300, dtype=dtype))
+                    optimizer = row.ours([p], **row.rich)
+                    for _ in range(2):
+                        p.grad = torch.randn(300, 300, dtype=dtype).t()
+                        optimizer.step()
+                        p.data = p.data.t()
+
+        threading.stack_size(STACK)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        """.replace("STACK", str(96 << 10))
+    )
 
 
 # Without states they take as much memory as they do.

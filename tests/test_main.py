@@ -25,17 +25,26 @@ NAMES = [
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """Asked for, or where no command is given."""
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in COMMANDS)
+    assert main([]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"fastsgd {fastsgd.__version__}\n"
 
 
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        ([], "the following arguments are required: COMMAND"),
         (["train"], "invalid choice: 'train'"),
         (["--quick", "bench"], "the following arguments are required: COMMAND"),
     ],

@@ -38,8 +38,8 @@ void execute_part(const Span& span, const Run& run, const Row& row, const Around
   kernel_of(span)(row, around, &part, 1);
 }
 
-// What work on so many bytes in all is worth to a team: what does not lie flat takes about four
-// times as long.
+// Bytes of flat work that take as long as these spans, of so many bytes in all: what does not lie
+// flat takes about four times as long.
 std::int64_t weight(const std::vector<Span>& spans, const Run* runs, std::int64_t bytes) {
   for (const Span& span : spans) {
     if (span.layout != nullptr) bytes += 3 * runs[span.first].count * span.item_bytes();

@@ -8,13 +8,17 @@
 namespace fastsgd {
 namespace {
 
-constexpr int kTile = 512;             // elements
+constexpr int kTile = 512;  // elements
+// Tiles are on the stack, which threads of somebody's own may have little of.
+constexpr std::int64_t kTileBytes = kMaxStreams * kTile * sizeof(double);
 constexpr std::int64_t kLongRow = 16;  // elements; shorter ones are gathered, as a run has its cost
 constexpr int kRows = 32;              // handed to a kernel at once
-// A tile of some rows by many columns, for streams that lie across: a column is a cache line of
-// float32, and is fetched so many ahead, as they lie too far apart for hardware to see.
+// A tile of some rows by many columns, for streams that lie across: a column is as long as a cache
+// line of float32, and is fetched so many ahead, as they lie too far apart for hardware to see.
 constexpr int kBlockRows = 16, kBlockColumns = 128, kColumnsAhead = 12;
-constexpr std::int64_t kLongBlock = 32;  // columns; rows that are shorter go into tiles whole
+// Fewer would share too little of a line, and shorter ones go into tiles whole.
+constexpr std::int64_t kManyRows = 8, kLongBlock = 32;
+static_assert(kTileBytes / (kMaxStreams * kBlockRows * sizeof(double)) >= kLongBlock);
 
 // An element's place in a layout.
 struct Position {
@@ -186,11 +190,12 @@ void Visit::rows(std::int64_t begin, std::int64_t end) const {
 
 // Anything else, a tile at a time: streams that do not lie flat pass through tiles on the stack.
 void Visit::tiles(std::int64_t begin, std::int64_t end) const {
-  alignas(64) char tile[kMaxStreams][kTile * sizeof(double)];
+  alignas(64) char tiles[kTileBytes];
+  const auto tile = [&](int s) { return tiles + kTileBytes / kMaxStreams * s; };
   bool flat[kMaxStreams], passes[kMaxStreams];
   const auto copy = [&]<Way kWay>(int s, const Position& position, std::int64_t count) {
     by_size(span.size_of(s), [&]<class T>() {
-      copy_rows<kWay, T>(layout(), s, position, run.stream[s], tile[s], count);
+      copy_rows<kWay, T>(layout(), s, position, run.stream[s], tile(s), count);
     });
   };
   for (int s = 0; s < span.streams; ++s) {
@@ -207,7 +212,7 @@ void Visit::tiles(std::int64_t begin, std::int64_t end) const {
     Run part;
     part.count = count;
     for (int s = 0; s < span.streams; ++s) {
-      part.stream[s] = flat[s] ? run.stream[s] + begin * span.size_of(s) : tile[s];
+      part.stream[s] = flat[s] ? run.stream[s] + begin * span.size_of(s) : tile(s);
       if (passes[s]) copy.template operator()<Way::kToTile>(s, position, count);
     }
     kernel(row, around, &part, 1);
@@ -217,10 +222,11 @@ void Visit::tiles(std::int64_t begin, std::int64_t end) const {
   }
 }
 
-// Whether long rows lie across in a stream, as where one tensor is another's transpose: its
+// Whether many long rows lie across in a stream, as where one tensor is another's transpose: its
 // elements then share cache lines with those of the next rows.
 bool Visit::in_blocks() const {
   if (inner() < 1 || layout().size[inner()] < kLongBlock) return false;
+  if (layout().size[inner() - 1] < kManyRows) return false;
   bool across = false;
   for (int s = 0; s < span.streams; ++s) {
     const std::int64_t pitch = layout().stride[inner() - 1][s];
@@ -232,16 +238,20 @@ bool Visit::in_blocks() const {
 // Some whole rows, by a block of their columns at a time. What does not lie flat in a row passes
 // through a tile.
 void Visit::block(const Position& position, std::int64_t rows) const {
-  alignas(64) char tile[kMaxStreams][kBlockRows * kBlockColumns * sizeof(double)];
-  char* memory[kMaxStreams];
-  for (int s = 0; s < span.streams; ++s) {
-    memory[s] = run.stream[s] + position.offset(layout(), s) * span.size_of(s);
-  }
+  alignas(64) char tiles[kTileBytes];
   const std::int64_t length = layout().size[inner()];
   const auto &stride = layout().stride[inner()], &pitch = layout().stride[inner() - 1];
+  char *memory[kMaxStreams], *tile[kMaxStreams];
+  std::int64_t bytes[kMaxStreams + 1] = {0};  // of a column in the tiles before
+  for (int s = 0; s < span.streams; ++s) {
+    memory[s] = run.stream[s] + position.offset(layout(), s) * span.size_of(s);
+    bytes[s + 1] = bytes[s] + (stride[s] == 1 ? 0 : kBlockRows * span.size_of(s));
+  }
+  const std::int64_t most = std::min<std::int64_t>(kTileBytes / bytes[span.streams], kBlockColumns);
+  for (int s = 0; s < span.streams; ++s) tile[s] = tiles + most * bytes[s];
   Run part[kBlockRows];
   for (std::int64_t first = 0, count; first < length; first += count) {
-    count = std::min(length - first, std::int64_t{kBlockColumns});
+    count = std::min(length - first, most);
     const auto copy = [&]<Way kWay>(int s) {
       by_size(span.size_of(s), [&]<class T>() {
         copy_block<kWay, T>(memory[s], stride[s], pitch[s], tile[s], rows, count);
@@ -268,9 +278,10 @@ void Visit::blocks(std::int64_t begin, std::int64_t end) const {
   const std::int64_t length = layout().size[inner()];
   while (begin < end) {
     const Position position(layout(), begin);
-    const std::int64_t together = layout().size[inner() - 1] - position.index[inner() - 1];
-    const std::int64_t rows =
-        std::min({(end - begin) / length, together, std::int64_t{kBlockRows}});
+    const std::int64_t at = position.index[inner() - 1];
+    const std::int64_t together =
+        std::min(layout().size[inner() - 1] - at, kBlockRows - at % kBlockRows);
+    const std::int64_t rows = std::min((end - begin) / length, together);
     if (position.index[inner()] == 0 && rows > 0) {
       block(position, rows);
       begin += rows * length;
