@@ -37,40 +37,25 @@ class WithAverages(WithExtras):
     def state_dict(self) -> dict[str, Any]:
         """Return torch's; the number of averages so far is the groups' key ``ema_steps``."""
         refuse_inside_ema_weights(self, "state_dict()")
-        self._register_hooks()  # whatever class it was made of
-        return super().state_dict()
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Make torch's optimizer; its checkpoints will have the averages."""
-        super().__init__(*args, **kwargs)
-        self._register_hooks()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take torch's state, in which there are no hooks; ours are added again."""
-        super().__setstate__(state)
-        self._register_hooks()
-
-    def _register_hooks(self) -> None:
-        # Of those after, ours come first: others see what they do, and may make something else of
-        # it. Of those before, last: it sees what is loaded in the end.
+        # Before all others, which see it, and may make something else of the whole.
         _put(add_steps, self._optimizer_state_dict_post_hooks, self.register_state_dict_post_hook)
-        _put(
-            take_averages,
-            self._optimizer_load_state_dict_post_hooks,
-            self.register_load_state_dict_post_hook,
-        )
-        _put(
-            note_loaded,
-            self._optimizer_load_state_dict_pre_hooks,
-            self.register_load_state_dict_pre_hook,
-            last=True,
-        )
+        return super().state_dict()
 
     @of_the_optimizer_within
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of torch's or of ours. One that raises is not loaded at all."""
         refuse_inside_ema_weights(self, "load_state_dict()")
-        self._register_hooks()
+        _put(  # after all others: it sees what is loaded in the end
+            note_loaded,
+            self._optimizer_load_state_dict_pre_hooks,
+            self.register_load_state_dict_pre_hook,
+            last=True,
+        )
+        _put(  # before all others, which see what it has made
+            take_averages,
+            self._optimizer_load_state_dict_post_hooks,
+            self.register_load_state_dict_post_hook,
+        )
         own = self.__dict__
         kept = ("state", "param_groups", "_ema_steps")
         before: dict[str, Any] = {key: own[key] for key in kept if key in own}

@@ -179,7 +179,7 @@ class Extra(Generic[V]):
 
 def refuse_parts(extras: Values, params: list[Any]) -> None:
     """Raise where a norm is asked for of parameters that are parts, as each process has some."""
-    asked = names_asked(extras, MEASURING)
+    asked = names_asked(extras, MEASURING) if extras else []
     if asked and any(getattr(param, "_fsdp_flattened", False) for param in params):
         raise ValueError(
             f"{asked[0]} cannot be had with FullyShardedDataParallel, which gives the optimizer of "
@@ -190,9 +190,8 @@ def refuse_parts(extras: Values, params: list[Any]) -> None:
 
 def refuse_in_group(group: Any) -> None:
     """Raise where a group has an option that is the optimizer's."""
-    for name in EXTRAS:
-        if isinstance(group, dict) and name in group:
-            raise_in_group(name)
+    if isinstance(group, dict) and not EXTRAS.keys().isdisjoint(group):
+        raise_in_group(next(name for name in EXTRAS if name in group))
 
 
 def raise_in_group(name: str) -> NoReturn:
